@@ -38,6 +38,7 @@ _REFUSED = {
 _QEMU_MACHINES = ("q35", "microvm", "pc", "virt", "pseries", "s390-ccw-virtio")
 _MIN_MEMORY_MB = {"firecracker": 128}
 _VERITY_FIELDS = ("root_hash", "salt", "data_blocks", "data_block_size", "hash_block_size")
+_OUR_GUEST = "/var/lib/katashim/guest/"
 _SHARED_PATH = re.compile(r"(/[-\w.]+)+/?")
 
 
@@ -67,7 +68,8 @@ def missing_files(config):
     for name in names:
         value = config.sources[name].value
         if value and not os.path.exists(value):
-            problems.append(f"{config.source(name).where}: {name} names {value}, which does not exist")
+            cure = "; `katashim-ctl guest build` makes it" if value.startswith(_OUR_GUEST) else ""
+            problems.append(f"{config.source(name).where}: {name} names {value}, which does not exist{cure}")
     for entry in config.runtime.sandbox_bind_mounts:
         if not os.path.exists(_bind_source(entry)):
             problems.append(f"{config.source('runtime.sandbox_bind_mounts').where}: sandbox_bind_mounts "
