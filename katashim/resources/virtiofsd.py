@@ -31,10 +31,11 @@ PLACES = (
 )
 RUST, C = "rust", "c"
 
-_READY = b"Waiting for vhost-user socket connection"
+_READY = "Waiting for vhost-user socket connection"
 _START_S = 10               # both flavours are ready within 10 ms on an idle machine
 _SUN_PATH_BYTES = 107       # of unix(7)'s sun_path, without the final NUL
 _LINES = 40                 # of its stderr, kept for errors
+_LAST_WORDS = 4             # of them go into an error's message: the Rust one ends with its usage
 
 _flavours = {}              # (path, mtime_ns) -> RUST or C
 
@@ -167,8 +168,8 @@ class Virtiofsd:
     def ending(self):
         """How it ended and its last words, one string: "exited with status 1: unknown option"."""
         self._reader.join(1)
-        words = f": {self._lines[-1]}" if self._lines else ""
-        return self._process.ending() + words
+        words = [line for line in self._lines if line and _READY not in line][-_LAST_WORDS:]
+        return f"{self._process.ending()}: {'; '.join(words) or 'it said nothing'}"
 
     def log_text(self):
         """The last lines that it printed."""
@@ -215,7 +216,7 @@ class Virtiofsd:
         text = line.decode(errors="replace").strip()
         self._lines.append(text)
         log.debug("virtiofsd: %s", text)
-        if _READY in line:
+        if _READY in text:
             self._news.set()
 
 

@@ -20,13 +20,17 @@ from katashim.errors import (
 )
 from katashim.resources import mounts, sharefs, virtiofsd
 
-C_DAEMON = "/usr/lib/qemu/virtiofsd"
-needs_daemon = pytest.mark.skipif(not os.access(C_DAEMON, os.X_OK), reason=f"no {C_DAEMON}")
+# Every virtiofsd of this machine, of both flavours where both are there; the variable names one more.
+DAEMONS = [path for path in (*virtiofsd.PLACES, os.environ.get("KATASHIM_TEST_VIRTIOFSD"))
+           if path and os.access(path, os.X_OK)]
+DAEMON = None           # the one that this test uses
+needs_daemon = pytest.mark.skipif(not DAEMONS, reason="no virtiofsd is installed")
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
+@pytest.fixture(params=DAEMONS or [None], ids=str)
+def place(request, tmp_path, monkeypatch):
     """A sandbox's directories and a user's data, all below the test's own directory."""
+    monkeypatch.setitem(globals(), "DAEMON", request.param)
     monkeypatch.setattr(sharefs, "SHARED_ROOT", str(tmp_path / "shared"))
     monkeypatch.setattr(state, "RUN_ROOT", str(tmp_path / "run"))
     (tmp_path / "run/s1").mkdir(parents=True)
@@ -38,7 +42,7 @@ def place(tmp_path, monkeypatch):
 
 
 def config(**changes):
-    settings = {"shared_fs": "virtio-fs", "virtio_fs_daemon": C_DAEMON, "virtio_fs_cache": "auto",
+    settings = {"shared_fs": "virtio-fs", "virtio_fs_daemon": DAEMON, "virtio_fs_cache": "auto",
                 "virtio_fs_extra_args": (), "virtio_fs_queue_size": 1024, "disable_guest_selinux": True}
     return SimpleNamespace(**{**settings, **changes})
 
@@ -161,7 +165,7 @@ def test_a_killed_daemon_is_noticed(place):
     share.start()
     os.kill(share.pids()[0], signal.SIGKILL)
     assert share.exited.wait(5)
-    with pytest.raises(HypervisorError, match=r"virtiofsd \(/usr/lib/qemu/virtiofsd\) killed by SIGKILL"):
+    with pytest.raises(HypervisorError, match=r"virtiofsd \(.*\) killed by SIGKILL: "):
         share.device()
     assert share.stop() == []
 
@@ -171,7 +175,7 @@ def test_a_killed_daemon_is_noticed(place):
 def test_a_daemon_that_will_not_start_tells_why_and_leaves_nothing(place):
     acquired = stack(place / "run/s1/journal")
     share = sharefs.ShareFs("s1", config(virtio_fs_extra_args=("--no-such-option",)), acquired)
-    with pytest.raises(HypervisorError, match="exited with status 1: .*no-such-option"):
+    with pytest.raises(HypervisorError, match="exited with status [12]: .*no-such-option"):
         share.start()
     assert len(acquired) == 0
     assert left_over(place) == [str(place / "run/s1/journal")]
