@@ -60,20 +60,20 @@ def find_base(path, env):
     """
     named = env.get(ENVIRONMENT)
     if named:
-        return _checked_owner(_existing(named, ENVIRONMENT))
+        return _checked_owner(_existing(named, f", which {ENVIRONMENT} names,"))
     if path:
-        return _existing(path, "ConfigPath")
+        return _existing(path)
     for candidate in (*SEARCH_PATH, packaged("qemu.conf")):
         if os.path.exists(candidate):
             return os.path.realpath(candidate)
     raise NotFound(f"there is no configuration: none of {', '.join(SEARCH_PATH)} exists")
 
 
-def _existing(path, named_by):
+def _existing(path, named_by=""):
     if not os.path.isabs(path):
-        raise ConfigError(f"{named_by} must be an absolute path: {path}")
+        raise ConfigError(f"the configuration file {path}{named_by} must be an absolute path")
     if not os.path.isfile(path):
-        raise NotFound(f"the configuration file {path}, named by {named_by}, does not exist")
+        raise NotFound(f"the configuration file {path}{named_by} does not exist")
     return os.path.realpath(path)
 
 

@@ -96,31 +96,31 @@ def _selected(layers, annotations, fallback=None):
             if isinstance(runtime, dict):
                 named = runtime.get(f"{kind}_name") or named
         if not isinstance(named, str):                  # absent; a wrong type is reported later
-            tables = [name for name, _ in _tables(layers, kind)]
-            named = tables[0] if len(set(tables)) == 1 else (fallback or {}).get(kind)
-            if not named and len(set(tables)) > 1:
-                several = ", ".join(sorted(set(tables)))
-                raise InvalidConfig([
-                    f"{layers[0].path} has several [{kind}.NAME], {several}: {kind}_name must name one"])
+            tables = sorted(set(_tables(layers, kind)))
+            named = tables[0] if len(tables) == 1 else (fallback or {}).get(kind)
+            if not named and tables:
+                several = f"{layers[0].path} has several [{kind}.NAME], {', '.join(tables)}"
+                raise InvalidConfig([f"{several}: {kind}_name must name one"])
         names[kind] = kinds.DRIVER_SYNONYMS.get(named, named) or default
     return names
 
 
 def _tables(layers, kind):
-    """(canonical name, layer) of each [kind.NAME]."""
+    """The canonical name of each [kind.NAME]."""
     for layer in layers:
         content = layer.tree.get(kind)
-        for name in content if isinstance(content, dict) else ():
-            yield kinds.DRIVER_SYNONYMS.get(name, name), layer
+        for name, rows in content.items() if isinstance(content, dict) else ():
+            if isinstance(rows, dict):
+                yield kinds.DRIVER_SYNONYMS.get(name, name)
 
 
 def _check_tables_exist(layers, names):
     """A hypervisor or agent that is named must have a table, except an agent that nobody describes."""
     for kind, wanted in names.items():
-        tables = {name for name, _ in _tables(layers, kind)}
+        tables = sorted(set(_tables(layers, kind)))
         if wanted not in tables and (tables or kind == "hypervisor"):
             raise InvalidConfig([f"{layers[-1].path}: {kind}_name is {wanted}, and there is no [{kind}.{wanted}]"
-                                 + (f", only {', '.join(sorted(tables))}" if tables else "")])
+                                 + (f", only {', '.join(tables)}" if tables else "")])
 
 
 def _packaged_layer(driver, base):

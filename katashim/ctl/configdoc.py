@@ -190,7 +190,8 @@ def tables():
 
 
 def _row(key):
-    default = value_text(key, key.default) if key.default != () and key.default != "" else ""
+    kata = key.default_for("qemu")
+    default = value_text(key, kata) if kata not in ((), "") else ""
     shipped = SHIPPED["qemu"].get(key.section, {}).get(key.name)
     if shipped is not None:
         default = f"{_code(value_text(key, shipped))} in .conf files" + (
