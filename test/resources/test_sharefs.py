@@ -3,13 +3,13 @@ import os
 import random
 import signal
 import socket
-from types import SimpleNamespace
 
 import pytest
 from acquired import RELEASES, stack
 from private_mounts import fork, private_mounts, wait
+from shares import make_place, needs_daemon, settings
 
-from katashim import child, green, state, undo
+from katashim import child, green, undo
 from katashim.errors import (
     AlreadyExists,
     ConfigError,
@@ -24,16 +24,13 @@ from katashim.resources import mounts, sharefs, virtiofsd
 DAEMONS = [path for path in (*virtiofsd.PLACES, os.environ.get("KATASHIM_TEST_VIRTIOFSD"))
            if path and os.access(path, os.X_OK)]
 DAEMON = None           # the one that this test uses
-needs_daemon = pytest.mark.skipif(not DAEMONS, reason="no virtiofsd is installed")
 
 
 @pytest.fixture(params=DAEMONS or [None], ids=str)
 def place(request, tmp_path, monkeypatch):
     """A sandbox's directories and a user's data, all below the test's own directory."""
     monkeypatch.setitem(globals(), "DAEMON", request.param)
-    monkeypatch.setattr(sharefs, "SHARED_ROOT", str(tmp_path / "shared"))
-    monkeypatch.setattr(state, "RUN_ROOT", str(tmp_path / "run"))
-    (tmp_path / "run/s1").mkdir(parents=True)
+    make_place(tmp_path, monkeypatch)
     precious = tmp_path / "precious"
     (precious / "deep/er").mkdir(parents=True)
     (precious / "data").write_text("keep me")
@@ -42,9 +39,7 @@ def place(request, tmp_path, monkeypatch):
 
 
 def config(**changes):
-    settings = {"shared_fs": "virtio-fs", "virtio_fs_daemon": DAEMON, "virtio_fs_cache": "auto",
-                "virtio_fs_extra_args": (), "virtio_fs_queue_size": 1024, "disable_guest_selinux": True}
-    return SimpleNamespace(**{**settings, **changes})
+    return settings(**{"virtio_fs_daemon": DAEMON, **changes})
 
 
 def is_whole(place):
@@ -70,7 +65,7 @@ def is_readonly(path):
 
 
 # -- the daemon's command -----------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, settings, expected", [
+@pytest.mark.parametrize("kind, changes, expected", [
     ("rust", {}, ["/v", "--fd=5", "--shared-dir=/ro", "--cache=never", "--announce-submounts"]),
     ("rust", {"cache": "metadata", "xattr": True, "extra_args": ("--thread-pool-size=1",)},
      ["/v", "--fd=5", "--shared-dir=/ro", "--cache=metadata", "--announce-submounts", "--xattr",
@@ -82,8 +77,8 @@ def is_readonly(path):
      ["/v", "--fd=5", "-f", "-o", "source=/ro", "-o", "cache=always", "-o", "xattr", "--thread-pool-size=1",
       "-o", "announce_submounts"]),
 ])
-def test_each_flavour_gets_its_own_words(kind, settings, expected):
-    assert virtiofsd.command("/v", kind, 5, virtiofsd.Settings("/ro", **settings)) == expected
+def test_each_flavour_gets_its_own_words(kind, changes, expected):
+    assert virtiofsd.command("/v", kind, 5, virtiofsd.Settings("/ro", **changes)) == expected
 
 
 def test_a_cache_mode_that_the_c_flavour_lacks_is_named():
