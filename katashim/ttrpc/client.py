@@ -115,7 +115,8 @@ class Client:
     def _payload_of(self, item, label):
         """The payload of a successful response frame; raises what an unsuccessful one says."""
         if type(item) is frame.Oversize:
-            raise errors.ResourceExhausted(f"{label}: {self.name} answered: {frame.oversize_text(item.length)}")
+            raise errors.ResourceExhausted(
+                f"{label}: {self.name} answered: {frame.oversize_text(item.length)}")
         if item.type != frame.RESPONSE:
             raise errors.Internal(f"{label}: {self.name} answered with a frame of type {item.type}")
         response = self._decode(status.Response, item.payload, label)

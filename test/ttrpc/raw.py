@@ -22,7 +22,8 @@ class RawPeer:
     def request(self, stream_id, service, method, message=None, flags=0, **envelope):
         """Send a request; `envelope`: timeout_s and metadata."""
         payload = b"" if message is None else message.SerializeToString()
-        self.send(stream_id, frame.REQUEST, status.encode_request(service, method, payload, **envelope), flags)
+        envelope = status.encode_request(service, method, payload, **envelope)
+        self.send(stream_id, frame.REQUEST, envelope, flags)
 
     def recv(self):
         """The next frame."""

@@ -149,7 +149,8 @@ def test_an_oversize_answer_fails_its_call_only(rig):
     calls = [rig.state(), rig.state("other")]
     rig.received()
     length = frame.MAX_MESSAGE + 1
-    rig.peer.sock.sendall(length.to_bytes(4, "big") + frame.encode(1, frame.RESPONSE)[4:] + bytes(length))
+    header = length.to_bytes(4, "big") + frame.encode(1, frame.RESPONSE)[4:]
+    rig.peer.sock.sendall(header + bytes(length))
     assert "the server answered: message length" in error_of(calls[0], errors.ResourceExhausted).message
     rig.answer(3, "other")
     assert get(calls[1]).id == "other"
@@ -191,7 +192,8 @@ def test_the_end_fails_every_call_that_waits(rig):
     for call in calls:
         error = error_of(call, errors.ConnectionClosed)
         assert error.maybe_executed
-        assert error.message == f"{TASK}/State: the connection to the server is gone: the other side closed it"
+        assert error.message == \
+            f"{TASK}/State: the connection to the server is gone: the other side closed it"
     assert rig.client.closed.is_set()
     assert not error_of(rig.state(), errors.ConnectionClosed).maybe_executed
 

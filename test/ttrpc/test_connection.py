@@ -117,7 +117,8 @@ def test_flush_has_a_deadline(owner):
 def test_a_peer_that_never_reads_is_given_up():
     owner = Owner(write_timeout_s=0.05)
     fill(owner)
-    assert owner.wait_closed() == "the connection to the peer is gone: the other side has read nothing for 0.05 s"
+    assert owner.wait_closed() == \
+        "the connection to the peer is gone: the other side has read nothing for 0.05 s"
     owner.peer.close()
 
 

@@ -35,7 +35,8 @@ def feed_all(pieces):
 
 def test_the_bytes_of_a_frame():
     assert encode(1, REQUEST, b"abc") == b"\0\0\0\3" b"\0\0\0\1" b"\1" b"\0" b"abc"
-    assert encode(0xFFFFFFFF, DATA, b"", REMOTE_CLOSED | NO_DATA) == b"\0\0\0\0" b"\xff\xff\xff\xff" b"\3" b"\5"
+    assert encode(0xFFFFFFFF, DATA, b"", REMOTE_CLOSED | NO_DATA) == \
+        b"\0\0\0\0" b"\xff\xff\xff\xff" b"\3" b"\5"
 
 
 def test_one_frame_byte_by_byte():

@@ -26,12 +26,16 @@ def test_services_have_the_methods_of_the_protocol():
         proto.get("google.protobuf.Empty"), False, False)
 
 
+def numbers(cls):
+    return [(field.name, field.number, field.type) for field in cls.DESCRIPTOR.fields]
+
+
 def test_task_v3_is_task_v2_under_another_name():
     v2, v3 = proto.service("containerd.task.v2.Task"), proto.service("containerd.task.v3.Task")
     assert list(v2) == list(v3)
     for method in v2:
-        one, other = v2[method].request.DESCRIPTOR, v3[method].request.DESCRIPTOR
-        assert [(f.name, f.number, f.type) for f in one.fields] == [(f.name, f.number, f.type) for f in other.fields]
+        assert numbers(v2[method].request) == numbers(v3[method].request)
+        assert numbers(v2[method].response) == numbers(v3[method].response)
     assert v3["State"].request.DESCRIPTOR.full_name == "containerd.task.v3.StateRequest"
 
 
@@ -72,7 +76,8 @@ def test_build_takes_dicts_records_lists_and_none():
 def test_build_reaches_into_nested_records_and_maps():
     neighbor = {"toIPAddress": IPAddress(1, "fe80::1", "64"), "lladdr": "aa:bb"}
     assert proto.build(proto.get("types.ARPNeighbor"), **neighbor).toIPAddress.family == 1
-    routes = proto.build(proto.get("grpc.UpdateRoutesRequest"), routes={"Routes": [Route(gateway="10.0.0.1")]})
+    routes = proto.build(proto.get("grpc.UpdateRoutesRequest"),
+                         routes={"Routes": [Route(gateway="10.0.0.1")]})
     assert routes.routes.Routes[0].gateway == "10.0.0.1"
     stats = proto.build(proto.get("grpc.CgroupStats"), hugetlb_stats={"2MB": {"usage": 3}},
                         memory_stats={"stats": {"rss": 4}})
@@ -115,15 +120,20 @@ def test_timestamps_keep_every_nanosecond():
     assert proto.timestamp(-1).nanos == 999_999_999
 
 
+BUILD_IN_A_PROCESS = """
+from katashim.agent.types import Storage
+from katashim.ttrpc import proto
+request = proto.build(proto.get("grpc.CreateContainerRequest"), storages=[Storage("blk", "s", "e")], OCI={})
+stats = proto.build(proto.get("grpc.CgroupStats"), hugetlb_stats={"2MB": {"usage": 3}})
+print(request.SerializeToString().hex(), stats.SerializeToString().hex())
+"""
+
+
 def test_the_pure_python_protobuf_will_do():
-    """Another implementation of the containers that build() looks into: what it says must not depend on it."""
-    code = ("from katashim.ttrpc import proto\n"
-            "from katashim.agent.types import Storage\n"
-            "m = proto.build(proto.get('grpc.CreateContainerRequest'), storages=[Storage('blk', 's', 'e')], OCI={})\n"
-            "s = proto.build(proto.get('grpc.CgroupStats'), hugetlb_stats={'2MB': {'usage': 3}})\n"
-            "print(m.SerializeToString().hex(), s.SerializeToString().hex())\n")
-    out = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": kind,
-                               "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(__file__)))}).stdout
-           for kind in ("python", "upb")]
-    assert out[0] == out[1] and len(out[0].split()) == 2
+    """build() looks into protobuf's containers, so it is tried with another implementation of them."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    outputs = [subprocess.run(
+        [sys.executable, "-c", BUILD_IN_A_PROCESS], check=True, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": kind, "PYTHONPATH": root}).stdout
+        for kind in ("python", "upb")]
+    assert outputs[0] == outputs[1] and len(outputs[0].split()) == 2

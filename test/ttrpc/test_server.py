@@ -218,8 +218,9 @@ def test_a_bug_in_a_handler_is_logged_and_answered(peer, caplog, method, words):
     assert_alive(peer, 3)
 
 
-def test_messages_of_another_version_of_a_service_are_as_good(tmp_path):
-    assert server_module._serialize(proto.service("containerd.task.v3.Task")["State"], StateResponse(id="x")) == \
+def test_messages_of_another_version_of_a_service_are_as_good():
+    v3 = proto.service("containerd.task.v3.Task")
+    assert server_module._serialize(v3["State"], StateResponse(id="x")) == \
         StateResponse(id="x").SerializeToString()
 
 
@@ -291,9 +292,13 @@ def test_an_oversize_request_is_read_away_and_refused(peer):
 
 
 def test_the_largest_request_is_served(peer):
-    overhead = len(status.encode_request(TASK, "State", State(id="x" * 4_000_000).SerializeToString())) - 4_000_000
-    request = State(id="y" * (frame.MAX_MESSAGE - overhead))
-    peer.request(1, TASK, "Kill", request)
+    def request(length):
+        return status.encode_request(TASK, "Kill", State(id="x" * length).SerializeToString())
+
+    overhead = len(request(4_000_000)) - 4_000_000
+    whole = request(frame.MAX_MESSAGE - overhead)
+    assert len(whole) == frame.MAX_MESSAGE
+    peer.send(1, frame.REQUEST, whole)
     assert peer.recv_status()[1] == errors.OK
 
 
@@ -428,7 +433,8 @@ def test_data_on_a_unary_call_ends_it(rig, peer):
 def test_data_in_the_closing_frame_is_refused(rig, peer):
     peer.request(1, STREAMS, "Slow", None, frame.REMOTE_OPEN)
     peer.send(1, frame.DATA, b"x", frame.REMOTE_CLOSED)
-    assert peer.recv_status()[:3] == (1, errors.INVALID_ARGUMENT, "a data frame that closes must not carry data")
+    assert peer.recv_status()[:3] == \
+        (1, errors.INVALID_ARGUMENT, "a data frame that closes must not carry data")
     assert rig.streams.closed.wait(TIMEOUT_S)
 
 

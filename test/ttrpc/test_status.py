@@ -8,14 +8,17 @@ def response(data):
     return proto.decode(status.Response, data)
 
 
-@pytest.mark.parametrize(("timeout_s", "nano"), [(None, 0), (1.5, 1_500_000_000), (1e-12, 1), (0, 1), (1e30, 2**63 - 1)])
+@pytest.mark.parametrize(("timeout_s", "nano"), [
+    (None, 0), (1.5, 1_500_000_000), (1e-12, 1), (0, 1), (1e30, 2**63 - 1)])
 def test_the_timeout_of_a_request(timeout_s, nano):
     request = proto.decode(status.Request, status.encode_request("s.S", "M", b"p", timeout_s))
-    assert (request.service, request.method, request.payload, request.timeout_nano) == ("s.S", "M", b"p", nano)
+    assert (request.service, request.method, request.payload) == ("s.S", "M", b"p")
+    assert request.timeout_nano == nano
 
 
 def test_metadata_goes_both_ways_in_lower_case_with_all_values():
-    data = status.encode_request("s.S", "M", b"", metadata={"Containerd-Namespace-Ttrpc": "k8s.io", "x": ["1", "2"]})
+    data = status.encode_request("s.S", "M", b"",
+                                 metadata={"Containerd-Namespace-Ttrpc": "k8s.io", "x": ["1", "2"]})
     request = proto.decode(status.Request, data)
     assert request.metadata[0].key == "containerd-namespace-ttrpc"
     assert status.metadata_of(request) == {"containerd-namespace-ttrpc": ["k8s.io"], "x": ["1", "2"]}
@@ -39,7 +42,8 @@ def test_any_text_can_be_an_error():
     (errors.NOT_FOUND, errors.NotFound), (errors.ALREADY_EXISTS, errors.AlreadyExists),
     (errors.UNIMPLEMENTED, errors.Unsupported), (errors.UNAVAILABLE, errors.Unavailable),
     (errors.DEADLINE_EXCEEDED, errors.DeadlineExceeded), (errors.CANCELLED, errors.Cancelled),
-    (errors.UNKNOWN, errors.KatashimError), (errors.PERMISSION_DENIED, errors.KatashimError), (99, errors.KatashimError)])
+    (errors.UNKNOWN, errors.KatashimError), (errors.PERMISSION_DENIED, errors.KatashimError),
+    (99, errors.KatashimError)])
 def test_the_exception_of_a_code(code, cls):
     error = status.error_of(code, "s.S/M", "it broke")
     assert type(error) is cls and error.code == code

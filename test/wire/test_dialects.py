@@ -64,7 +64,8 @@ def test_success_with_an_empty_message(far_end, who, body):
      "X service does not exist"),
     ("Rust, not overridden", b"\x0a\x1b\x08\x05\x12\x17/a.B/C is not supported", errors.NOT_FOUND,
      "/a.B/C is not supported"),
-    ("Rust, with a payload beside the error", b"\x0a\x04\x08\x0d\x12\x00\x12\x00", errors.INTERNAL, "no reason given"),
+    ("Rust, with a payload beside the error", b"\x0a\x04\x08\x0d\x12\x00\x12\x00", errors.INTERNAL,
+     "no reason given"),
     ("a code of the future", b"\x0a\x05\x08\x2a\x12\x01?", 42, "?")])
 def test_errors(far_end, who, body, code, words):
     call, peer = far_end
@@ -132,5 +133,6 @@ def test_requests(near_end, health, who, flags, body):
 def test_requests_of_rust_out_of_order(near_end):
     """ttrpc-rust takes the id and queues the frame in two steps, so two tasks can cross."""
     head = len(REQUEST).to_bytes(4, "big")
-    near_end.sock.sendall(head + b"\x00\x00\x00\x03\x01\x00" + REQUEST + head + b"\x00\x00\x00\x01\x01\x00" + REQUEST)
+    third, first = (head + bytes((0, 0, 0, stream_id, 1, 0)) + REQUEST for stream_id in (3, 1))
+    near_end.sock.sendall(third + first)
     assert {near_end.recv().stream_id, near_end.recv().stream_id} == {1, 3}

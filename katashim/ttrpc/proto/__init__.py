@@ -112,7 +112,8 @@ def time_ns(stamp):
 
 
 def _method(descriptor):
-    return Method(descriptor.name, get(descriptor.input_type.full_name), get(descriptor.output_type.full_name),
+    return Method(descriptor.name,
+                  get(descriptor.input_type.full_name), get(descriptor.output_type.full_name),
                   descriptor.client_streaming, descriptor.server_streaming)
 
 
