@@ -221,9 +221,9 @@ class _Reader:
         except ValueError as exc:
             self._problem(here, f"{'.'.join(here)} {exc}")
             return
-        if not keep:
-            return
         earlier = self.found.get(key.full_name)
+        if not keep or earlier and value == ():
+            return
         if earlier and key.type == kinds.LIST:
             value = earlier.value + value
         elif earlier:
