@@ -22,9 +22,11 @@ AGENT = section("agent", {
         number("server_port", 1024, "The agent's vsock port.", low=1),
         number("log_port", 1025, "vsock port of the agent's log.", low=1),
         number("passfd_listener_port", 1027, "vsock port of the agent's fd passthrough.", low=1),
-        number("dial_timeout_ms", 10, "Milliseconds between two attempts to connect.", low=1),
-        number("reconnect_timeout_ms", 3000, "Milliseconds to keep trying. Without this key, at least "
-               "`dial_timeout_ms`."),
+        number("dial_timeout_ms", 10, "Milliseconds between two of Kata's attempts to connect. katashim "
+               "connects as soon as the agent listens; here it is the least for `reconnect_timeout_ms`.",
+               low=1, done=True),
+        number("reconnect_timeout_ms", 3000, "Milliseconds to keep trying to reach the agent; a longer "
+               "one lengthens `boot_timeout_s`, which katashim waits in any case.", done=True),
         number("create_container_timeout", 30, "Seconds that the agent may take to create a container, "
                "and the time limit of its other calls.", low=1, done=True),
         number("health_check_request_timeout_ms", 90000, "Milliseconds that a health check may take.",

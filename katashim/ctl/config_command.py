@@ -74,21 +74,27 @@ def _as_conf(config, everything):
               "runtime": "[runtime]"}
     out = [output.paint(f"# {path}", "dim") for path in config.files]
     for section, table in SECTIONS.items():
-        rows = [(f"{key.name} = {_value_text(key, config.sources[key.full_name].value)}",
+        chosen = [key for key in table.values()
+                  if everything or config.sources[key.full_name].where != "default"]
+        rows = [(f"{key.name} = {configdoc.value_text(key, config.sources[key.full_name].value)}",
                  output.paint(f"# {config.sources[key.full_name].where}", "dim"))
-                for key in table.values()
-                if everything or config.sources[key.full_name].where != "default"]
+                for key in chosen if key.type != keys.TABLES]
         if rows or section in ("hypervisor", "agent", "runtime"):
             out.append("\n" + output.paint(titles[section], "bold"))
         if rows:
             out.append(output.columns(rows))
-    return "\n".join(out + [f"\n# warning: {text}" for text in config.warnings])
+        out += [_tables_as_conf(key, config.sources[key.full_name]) for key in chosen if key.type == keys.TABLES]
+    return "\n".join([text for text in out if text] + [f"\n# warning: {text}" for text in config.warnings])
 
 
-def _value_text(key, value):
-    if key.type == keys.TABLES:
-        return ", ".join(repr(row) for row in value) or ","
-    return configdoc.value_text(key, value)
+def _tables_as_conf(key, source):
+    """The rows of a TABLES setting, each a section of its own."""
+    depth = 2 if key.section == "runtime" else 3
+    lines = [f"{'[' * depth}{key.name}{']' * depth}  {output.paint(f'# {source.where}', 'dim')}"]
+    for row in source.value:
+        lines.append(f"{'[' * (depth + 1)}{row.name}{']' * (depth + 1)}")
+        lines += [f"{column} = {configdoc.quoted(getattr(row, column))}" for column in key.columns]
+    return "\n".join(lines) if source.value else ""
 
 
 # -- check ----------------------------------------------------------------------------------------

@@ -60,14 +60,14 @@ def value_text(key, value):
     if key.type == kinds.BOOL:
         return "true" if value else "false"
     if key.type in kinds.LISTS:
-        return ", ".join(_quoted(item) for item in value) or ","
+        return ", ".join(quoted(item) for item in value) or ","
     if key.type in (kinds.INT, kinds.FLOAT):
         return f"{value:g}" if key.type == kinds.FLOAT else str(value)
-    return _quoted(value)
+    return quoted(value)
 
 
-def _quoted(text):
-    """Quotes where ConfigObj needs them."""
+def quoted(text):
+    """A string as it is written in a ``.conf`` file, in quotes where ConfigObj needs them."""
     if not text or text != text.strip() or any(char in text for char in ",#\"'"):
         return f"'{text}'" if '"' in text else f'"{text}"'
     return text

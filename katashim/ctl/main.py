@@ -46,9 +46,9 @@ COMMANDS = (
         ("check", "every requirement with its state"),
         ("check --json", "the same for a program"),
     )),
-    Command("guest", "build and list guest images", "katashim.guest.cli", (
+    Command("guest", "build guest images, and show what they are made of", "katashim.guest.cli", (
         ("guest build", "make the kernel and image that the default configuration names"),
-        ("guest list", "which images are there"),
+        ("guest show", "what the guest that is there was made of"),
     )),
     Command("version", "print the versions of katashim and what it runs on", "katashim.ctl.version_command", (
         ("version --json", "for a bug report"),
