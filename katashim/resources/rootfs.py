@@ -91,15 +91,14 @@ def prepare(cid, rootfs_mounts, bundle, spec_root, *, sharefs, vm, undo, use_dis
                           "(erofs, blockfile, devmapper)")
     if way == SHARED_DIR:
         source = os.path.join(bundle, spec_root.get("path") or "rootfs")
-        readonly = False
     else:
         source = os.path.join(bundle, "rootfs")
-        readonly = entries[-1].readonly
         mount_all(entries, source, undo)
     if not os.path.isdir(source):
         raise NotFound(f"the root filesystem {source} is not a directory")
-    guest_path = sharefs.bind(source, f"{cid}/rootfs", readonly, undo, recursive=True)
-    return Rootfs(guest_path)
+    # What is mounted read-only stays so. The spec's root.readonly is the guest's to apply, after it has
+    # made the mount points that the image lacks.
+    return Rootfs(sharefs.bind(source, f"{cid}/rootfs", False, undo, recursive=True))
 
 
 def choose(entries, has_disks):

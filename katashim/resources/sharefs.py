@@ -193,7 +193,7 @@ class ShareFs:
         :param undo: the container's stack; the bind goes when the last container that uses it goes.
         :returns: its path in the guest. :raises NotFound: no such source.
         """
-        key = os.path.realpath(source), recursive, slave
+        key = green.in_thread(os.path.realpath, source, what=f"looking at {source}"), recursive, slave
         with self._lock:
             volume = self._volumes.get((*key, False)) or self._volumes.get((*key, readonly))
             if volume is None:

@@ -10,7 +10,7 @@ import traceback
 
 import gevent
 
-from katashim import green
+from katashim import child, green
 
 CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_SLAVE, _MS_SHARED = 0x4000, 1 << 19, 1 << 20
@@ -44,6 +44,8 @@ def fork(function, *args):
     except BaseException:  # noqa: BLE001  the parent sees the status, the reader the trace
         traceback.print_exc()
     finally:
+        for orphan in child.living():       # a failed test leaves its daemons; they are our children still
+            os.kill(orphan, signal.SIGKILL)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+import select
 import signal
 import socket
 
@@ -228,6 +229,17 @@ def test_binds_appear_in_both_views_with_the_same_rights(place):
 
 @needs_daemon
 @private_mounts
+@pytest.mark.parametrize("root", [mounts.MS_PRIVATE, mounts.MS_SLAVE])
+def test_views_are_joined_whatever_the_namespace_is_like(place, root):
+    mounts.set_propagation("/", root | mounts.MS_REC)
+    share, container = started(place), stack()
+    share.bind(str(place / "precious"), "vol", False, container)
+    assert [sorted(os.listdir(view)) for view in both_views(place, "vol")] == [["data", "deep"]] * 2
+    assert container.unwind() == [] and share.stop() == []
+
+
+@needs_daemon
+@private_mounts
 @pytest.mark.parametrize("sandbox", ["namespace", "chroot"])
 def test_the_guest_sees_binds_that_come_after_it(place, sandbox):
     """The daemon's own view, in its own mount namespace, gets later binds, read-only where they are."""
@@ -345,49 +357,54 @@ def test_the_users_data_survives_a_replay_in_every_order(place):
         os.unlink(journal)
 
 
+class forked_shim:
+    """``with forked_shim(place) as pid:`` a process that has a share in its own mount namespace, in use, and
+    its journal. At the end nothing of it runs, however the test went."""
+
+    def __init__(self, place):
+        self._place, self._journal = place, str(place / "run/s1/journal")
+
+    def __enter__(self):
+        reader, writer = os.pipe()
+        self._pid = fork(self._run, writer)
+        os.close(writer)
+        assert os.read(reader, 1) == b"x", "see the trace on stderr"
+        os.close(reader)
+        self._daemons = [entry for entry in undo.read(self._journal)[1] if entry[1] == "process"]
+        return self._pid
+
+    def _run(self, writer):
+        with_binds(self._place, stack(self._journal))
+        os.write(writer, b"x")
+        signal.pause()
+
+    def __exit__(self, *error):
+        os.kill(self._pid, signal.SIGKILL)
+        assert wait(self._pid) == -signal.SIGKILL
+        for _, kind, arguments in self._daemons:
+            RELEASES[kind](**arguments)
+        return False
+
+
 @needs_daemon
 def test_delete_cleans_up_after_a_killed_shim_from_outside(place):
     """The shim's mounts are in a namespace that `delete` does not see; the directories it does."""
     journal = str(place / "run/s1/journal")
-    reader, writer = os.pipe()
-
-    def shim():
-        with_binds(place, stack(journal))
-        os.write(writer, b"x")
-        signal.pause()
-
-    pid = fork(shim)
-    try:
-        assert os.read(reader, 1) == b"x"
+    with forked_shim(place) as pid:
         assert mounts.at_or_below(str(place)) == []
+        pidfd = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
-        assert wait(pid) == -signal.SIGKILL
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
         assert undo.replay(journal, RELEASES) == []
         assert left_over(place) == [journal] and is_whole(place)
-    finally:
-        os.close(reader)
-        os.close(writer)
 
 
 @needs_daemon
 def test_replay_beside_a_living_shim_does_no_harm_to_data(place):
     """The worst case: the directories go while the shim's binds still stand on them."""
     journal = str(place / "run/s1/journal")
-    reader, writer = os.pipe()
-
-    def shim():
-        with_binds(place, stack(journal))
-        os.write(writer, b"x")
-        signal.pause()
-
-    pid = fork(shim)
-    try:
-        assert os.read(reader, 1) == b"x"
+    with forked_shim(place):
         undo.replay(journal, RELEASES)
         assert left_over(place) == [journal] and is_whole(place)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        wait(pid)
-        os.close(reader)
-        os.close(writer)
     assert is_whole(place)
