@@ -1,0 +1,6 @@
+"""The harness is imported as ``harness`` from test/."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
