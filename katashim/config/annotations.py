@@ -173,7 +173,8 @@ _SPECIAL = {
 def _unknown(section, suffix):
     """Why there is no such annotation, as the rest of a sentence."""
     if section not in ANNOTATIONS:
-        return f"is unknown: there is no component {section}" + suggestion(section, ("hypervisor", "agent", "runtime"))
+        components = ("hypervisor", "agent", "runtime")
+        return f"is unknown: there is no component {section}" + suggestion(section, components)
     if suffix in SECTIONS[section]:
         return f"is refused: {suffix} is set in the configuration file only"
     if suffix.endswith("_hash") or suffix == "asset_hash_type":

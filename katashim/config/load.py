@@ -119,8 +119,9 @@ def _check_tables_exist(layers, names):
     for kind, wanted in names.items():
         tables = sorted(set(_tables(layers, kind)))
         if wanted not in tables and (tables or kind == "hypervisor"):
-            raise InvalidConfig([f"{layers[-1].path}: {kind}_name is {wanted}, and there is no [{kind}.{wanted}]"
-                                 + (f", only {', '.join(tables)}" if tables else "")])
+            only = f", only {', '.join(tables)}" if tables else ""
+            raise InvalidConfig([
+                f"{layers[-1].path}: {kind}_name is {wanted}, and there is no [{kind}.{wanted}]{only}"])
 
 
 def _packaged_layer(driver, base):
@@ -184,7 +185,8 @@ class _Reader:
                 self._problem((kind, name), f"{name} stands in [{kind}]; it belongs into a table such as "
                                             f"[{kind}.{self.names[kind]}]")
             elif kind == "hypervisor" and canonical not in kinds.DRIVERS:
-                self._problem((kind, name), f"there is no hypervisor {name}" + suggestion(name, kinds.DRIVERS))
+                self._problem((kind, name), f"there is no hypervisor {name}"
+                              + suggestion(name, kinds.DRIVERS))
             else:
                 self._table(kind, (kind, name), rows, keep=canonical == self.names[kind])
 
@@ -273,7 +275,8 @@ def _fit_to_host(settings, driver, host):
         bound("agent.reconnect_timeout_ms", dial, "dial_timeout_ms, which is longer than the default")
     reconnect_s = settings["agent.reconnect_timeout_ms"].value / 1000
     if settings["hypervisor.boot_timeout_s"].where == "default" and reconnect_s > 60:
-        bound("hypervisor.boot_timeout_s", reconnect_s, "reconnect_timeout_ms, which is longer than the default")
+        bound("hypervisor.boot_timeout_s", reconnect_s,
+              "reconnect_timeout_ms, which is longer than the default")
 
 
 def _add_agent_params(settings, names):

@@ -19,7 +19,7 @@ RUNTIME = section("runtime", {
                "How the pod's network interface is joined to the guest's: by tc redirects, or not at all "
                "(`none`).", synonyms={"": "tcfilter"}, done=True, annotation=True),
         flag("disable_new_netns", "Run the VMM in the host's network namespace; needs the model `none`.",
-             annotation=True),
+             annotation=True, done=True),
         path("dan_conf", "Directory of directly attachable networks.",
              default="/run/kata-containers/dans"),
     ],
@@ -43,7 +43,7 @@ RUNTIME = section("runtime", {
         flag("disable_guest_empty_dir", "Keep emptyDir volumes on the host."),
         choice("vfio_mode", "guest-kernel", "guest-kernel vfio",
                "Who drives a VFIO device: the guest's kernel, or the container.",
-               synonyms={"": "guest-kernel"}, annotation=True),
+               synonyms={"": "guest-kernel"}, annotation=True, done=True),
         tables("shared_mounts", "name src_ctr src_path dst_ctr dst_path",
                "Mounts of one container that another sees.", annotation=True),
         flag("use_passfd_io", "Hand stdio to the guest by fd passing."),

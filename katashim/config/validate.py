@@ -149,7 +149,7 @@ def _size(judge):
                     f"({judge.settings['hypervisor.default_maxmemory'].where})")
     if os.uname().machine == "ppc64le" and (memory < 1024 or memory % 256):
         judge.wrong("hypervisor.default_memory",
-                    f"default_memory is {memory} MiB; on ppc64le it must be at least 1024 and a multiple of 256")
+                    f"default_memory is {memory} MiB; on ppc64le it must be 1024 or more, in steps of 256")
 
 
 def _queues_and_sectors(judge):
@@ -160,7 +160,8 @@ def _queues_and_sectors(judge):
     for name in (logical, physical):
         value = judge.value(f"hypervisor.{name}")
         if value and (value < 512 or not _power_of_two(value)):
-            judge.wrong(f"hypervisor.{name}", f"{name} is {value}, must be 0 or a power of two from 512 to 65536")
+            judge.wrong(f"hypervisor.{name}",
+                        f"{name} is {value}, must be 0 or a power of two from 512 to 65536")
     small, large = judge.value(f"hypervisor.{logical}"), judge.value(f"hypervisor.{physical}")
     if small and large and small > large:
         judge.wrong(f"hypervisor.{logical}", f"{logical} {small} is more than {physical} {large}")
@@ -212,7 +213,8 @@ def _extensions(judge):
     full, seen = "hypervisor.guest_extension_images", set()
     for row in judge.value(full):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", row.name):
-            judge.wrong(full, f'a guest_extension_images name is "{row.name}", must be letters, digits, - and _')
+            judge.wrong(full, f'a guest_extension_images name is "{row.name}", must be letters, digits, '
+                              "- and _")
         if row.name in seen:
             judge.wrong(full, f"guest_extension_images has {row.name} twice")
         if not row.path.startswith("/"):

@@ -68,7 +68,8 @@ def check_host(config_path=None):
 def _root():
     if os.geteuid() == 0:
         return Finding("privileges", OK, "root")
-    return Finding("privileges", MISSING, f"run as root, not as user {os.geteuid()}: most of this cannot be seen")
+    return Finding("privileges", MISSING,
+                   f"run as root, not as user {os.geteuid()}: most of this cannot be seen")
 
 
 def _memory():
@@ -136,7 +137,7 @@ def _vsock(hypervisor):
     if wanted in ("auto", "vhost-device-vsock") and program:
         return Finding("vsock", SLOWER if wanted == "auto" else OK, f"{program}; no /dev/vhost-vsock")
     if wanted == "vhost-device-vsock":
-        return Finding("vsock", MISSING, "vsock_backend = vhost-device-vsock, and that program is not in PATH")
+        return Finding("vsock", MISSING, f"vsock_backend = {wanted}, and that program is not in PATH")
     return Finding("vsock", OK if wanted == "builtin" else SLOWER,
                    "katashim's own backend" + ("" if wanted == "builtin" else "; no /dev/vhost-vsock"))
 

@@ -54,7 +54,8 @@ def _plain(config):
     """A Config as plain data."""
     return {
         "path": config.path, "files": list(config.files), "warnings": list(config.warnings),
-        **{section: _plain_record(getattr(config, section)) for section in ("hypervisor", "agent", "runtime")},
+        "hypervisor": _plain_record(config.hypervisor), "agent": _plain_record(config.agent),
+        "runtime": _plain_record(config.runtime),
         "sources": {name: {"value": _plain_record(source.value), "where": source.where}
                     for name, source in config.sources.items()},
     }
@@ -69,7 +70,8 @@ def _plain_record(value):
 
 def _as_conf(config, everything):
     """The settings in force in the ``.conf`` format, each with its place as a comment."""
-    titles = {"hypervisor": f"[hypervisor]\n[[{config.hypervisor.name}]]", "hypervisor.factory": "[[[factory]]]",
+    titles = {"hypervisor": f"[hypervisor]\n[[{config.hypervisor.name}]]",
+              "hypervisor.factory": "[[[factory]]]",
               "agent": f"[agent]\n[[{config.agent.name}]]", "agent.mem_agent": "[[[mem_agent]]]",
               "runtime": "[runtime]"}
     out = [output.paint(f"# {path}", "dim") for path in config.files]
@@ -83,7 +85,8 @@ def _as_conf(config, everything):
             out.append("\n" + output.paint(titles[section], "bold"))
         if rows:
             out.append(output.columns(rows))
-        out += [_tables_as_conf(key, config.sources[key.full_name]) for key in chosen if key.type == keys.TABLES]
+        out += [_tables_as_conf(key, config.sources[key.full_name])
+                for key in chosen if key.type == keys.TABLES]
     return "\n".join([text for text in out if text] + [f"\n# warning: {text}" for text in config.warnings])
 
 
@@ -165,7 +168,7 @@ def _entry(key, config):
     entry = {
         "name": key.full_name, "meaning": key.meaning, "type": configdoc.type_text(key),
         "default": _plain_record(key.default_for(driver)),
-        "drivers": [keys.DRIVER_LETTERS[letter] for letter in key.drivers] if key.section == "hypervisor" else None,
+        "drivers": _drivers(key),
         "implemented": key.done, "katashim_only": key.ours,
         "annotation": f"{_PREFIX}{key.section}.{key.annotation}" if key.annotation else None,
         "formerly": [f"[{section}] {name}" for section, name in configdoc.other_names(key)],
@@ -176,6 +179,13 @@ def _entry(key, config):
         source = source.below
         entry["replaced"].append({"value": _plain_record(source.value), "where": source.where})
     return entry
+
+
+def _drivers(key):
+    """The drivers that use a setting; None where drivers have nothing to do with it."""
+    if key.section != "hypervisor":
+        return None
+    return [keys.DRIVER_LETTERS[letter] for letter in key.drivers]
 
 
 def _entry_text(entry):

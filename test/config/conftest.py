@@ -30,7 +30,8 @@ class Disk:
 
     def toml(self, hypervisor="", *, agent="", runtime="", **more):
         """Load a small but complete Kata file, with more settings for its tables."""
-        return self.load("kata.toml", TOML.format(hypervisor=hypervisor, agent=agent, runtime=runtime), **more)
+        text = TOML.format(hypervisor=hypervisor, agent=agent, runtime=runtime)
+        return self.load("kata.toml", text, **more)
 
 
 TOML = """[hypervisor.qemu]

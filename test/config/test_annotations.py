@@ -35,8 +35,8 @@ def test_enabled(disk):
 def test_not_enabled_names_the_annotation_and_the_setting(disk):
     problem = problem_of(disk, 'enable_annotations = ["kernel"]', hypervisor__default_vcpus="2")
     assert problem == (
-        f'annotation {PREFIX}hypervisor.default_vcpus is not enabled: add "default_vcpus" to enable_annotations of '
-        f"[hypervisor.qemu] ({disk.directory}/kata.toml:4)")
+        f'annotation {PREFIX}hypervisor.default_vcpus is not enabled: add "default_vcpus" to '
+        f"enable_annotations of [hypervisor.qemu] ({disk.directory}/kata.toml:4)")
     assert "add \"default_vcpus\" to enable_annotations of [hypervisor.qemu]" in problem_of(
         disk, "", hypervisor__default_vcpus="2")
 
@@ -49,11 +49,13 @@ def test_the_expressions_are_anchored(disk):
 
 def test_others_need_no_enabling(disk):
     config = disk.toml(annotations=asked(
-        agent__enable_tracing="true", agent__kernel_modules="i915 a=1,2; e1000e", agent__container_pipe_size="4096",
-        agent__cdh_api_timeout_ms="1000", agent__policy=base64.b64encode(b"package agent_policy").decode(),
+        agent__enable_tracing="true", agent__kernel_modules="i915 a=1,2; e1000e",
+        agent__container_pipe_size="4096", agent__cdh_api_timeout_ms="1000",
+        agent__policy=base64.b64encode(b"package agent_policy").decode(),
         runtime__create_container_timeout="120", runtime__disable_guest_seccomp="true",
-        runtime__experimental="a, b", runtime__internetworking_model="none", runtime__sandbox_cgroup_only="true",
-        runtime__enable_vcpus_pinning="true", runtime__disable_new_netns="true", runtime__vfio_mode="vfio",
+        runtime__experimental="a, b", runtime__internetworking_model="none",
+        runtime__sandbox_cgroup_only="true", runtime__enable_vcpus_pinning="true",
+        runtime__disable_new_netns="true", runtime__vfio_mode="vfio",
         runtime__name="virt-container", runtime__enable_pprof="false"))
     assert config.agent.enable_tracing and config.agent.kernel_modules == ("i915 a=1,2", "e1000e")
     assert (config.agent.container_pipe_size, config.agent.cdh_api_timeout_ms) == (4096, 1000)
@@ -68,7 +70,7 @@ def test_others_need_no_enabling(disk):
     ("hypervisor__default_memroy", "is unknown; did you mean default_memory?"),
     ("agent__zzz", "is unknown"),
     ("runtime__sandbox_bind_mounts", "is refused: sandbox_bind_mounts is set in the configuration file only"),
-    ("hypervisor__vsock_backend_path", "is refused: vsock_backend_path is set in the configuration file only"),
+    ("hypervisor__vsock_backend_path", "is refused: vsock_backend_path is set in the configuration file"),
     ("hypervisor__enable_annotations", "is refused"),
     ("hypervisor__kernel_hash", "is refused: katashim does not verify hashes"),
     ("hypervisr__kernel", "is unknown: there is no component hypervisr; did you mean hypervisor?"),
@@ -142,11 +144,13 @@ def test_renamed(disk):
         hypervisor__block_device_queue_size="256"))
     hypervisor = config.hypervisor
     assert (hypervisor.default_maxvcpus, hypervisor.num_queues, hypervisor.queue_size) == (3, 2, 256)
-    assert (hypervisor.block_device_logical_sector_size, hypervisor.block_device_physical_sector_size) == (512, 4096)
+    assert hypervisor.block_device_logical_sector_size == 512
+    assert hypervisor.block_device_physical_sector_size == 4096
 
 
 def test_kernel_params_replace_words_of_their_name(disk):
-    config = disk.toml(ALL + '\nkernel_params = "a=1 b=2"', annotations=asked(hypervisor__kernel_params="b=3 c"))
+    config = disk.toml(ALL + '\nkernel_params = "a=1 b=2"',
+                       annotations=asked(hypervisor__kernel_params="b=3 c"))
     assert config.hypervisor.kernel_params == "a=1 b=3 c"
 
 
@@ -175,7 +179,8 @@ def test_an_image_takes_the_place_of_an_initrd_and_the_other_way_round(disk):
     config = disk.load("b.toml", f"[hypervisor.qemu]\nkernel='/k'\ninitrd='/r'\n{ALL}\n",
                        annotations=asked(hypervisor__image=new))
     assert (config.hypervisor.image, config.hypervisor.initrd) == (new, "")
-    assert "image and initrd are both set" in problem_of(disk, ALL, hypervisor__image=new, hypervisor__initrd=new)
+    assert "image and initrd are both set" in problem_of(
+        disk, ALL, hypervisor__image=new, hypervisor__initrd=new)
 
 
 def test_an_initrd_over_the_packaged_guest(disk):
@@ -194,7 +199,8 @@ def test_paths_must_match_their_list(disk):
     for path in ("/usr/bin/evil", "/usr/bin/qemu-x/evil", "/x/usr/bin/qemu-1"):
         assert f"is {path}, which matches none of valid_hypervisor_paths" in problem_of(
             disk, lists, hypervisor__path=path)
-    assert "none of valid_virtio_fs_daemon_paths (empty)" in problem_of(disk, ALL, hypervisor__virtio_fs_daemon="/v")
+    assert "none of valid_virtio_fs_daemon_paths (empty)" in problem_of(
+        disk, ALL, hypervisor__virtio_fs_daemon="/v")
 
 
 def test_paths_may_not_climb(disk):
@@ -214,7 +220,8 @@ def test_globs(pattern, path, matches):
 def test_a_pod_chooses_among_the_tables_there_are(disk):
     text = ("[hypervisor.qemu]\nkernel='/k'\nimage='/i'\n[hypervisor.clh]\nkernel='/c'\nimage='/i'\n"
             "[agent.kata]\n[agent.other]\n[runtime]\nhypervisor_name='qemu'\nagent_name='kata'\n")
-    config = disk.load("a.toml", text, annotations=asked(runtime__hypervisor_name="clh", runtime__agent_name="other"))
+    config = disk.load("a.toml", text, annotations=asked(
+        runtime__hypervisor_name="clh", runtime__agent_name="other"))
     assert (config.hypervisor.name, config.hypervisor.kernel, config.agent.name) == ("clh", "/c", "other")
     with pytest.raises(InvalidConfig, match=r"there is no \[hypervisor.remote\]"):
         disk.load("a.toml", text, annotations=asked(runtime__hypervisor_name="remote"))

@@ -22,15 +22,15 @@ def test_the_shipped_file_is_valid_and_gives_the_same_values(disk):
         conf, verdict = validated(file.read())
     assert verdict is True
     config = load(env={})
-    tables = {"hypervisor": conf["hypervisor"]["qemu"], "agent": conf["agent"]["kata"], "runtime": conf["runtime"],
-              "hypervisor.factory": conf["hypervisor"]["qemu"]["factory"],
+    tables = {"hypervisor": conf["hypervisor"]["qemu"], "agent": conf["agent"]["kata"],
+              "runtime": conf["runtime"], "hypervisor.factory": conf["hypervisor"]["qemu"]["factory"],
               "agent.mem_agent": conf["agent"]["kata"]["mem_agent"]}
     compared = 0
     for key in keys():
         source = config.sources[key.full_name]
         while source.where.startswith(("the host", "0 means")):
             source = source.below
-        if key.type == kinds.TABLES or key.by_driver:           # sections there; one default for all drivers there
+        if key.type == kinds.TABLES or key.by_driver:           # are sections there, have one default there
             continue
         value = tables[key.section][key.name]
         assert (tuple(value) if isinstance(value, list) else value) == source.value, key.full_name
@@ -39,7 +39,8 @@ def test_the_shipped_file_is_valid_and_gives_the_same_values(disk):
 
 
 def test_every_key_is_in_the_spec():
-    spec = configobj.ConfigObj(files.packaged("configspec"), list_values=False, interpolation=False, _inspec=True)
+    spec = configobj.ConfigObj(files.packaged("configspec"), list_values=False, interpolation=False,
+                               _inspec=True)
     tables = {"hypervisor": spec["hypervisor"]["__many__"], "agent": spec["agent"]["__many__"],
               "runtime": spec["runtime"], "hypervisor.factory": spec["hypervisor"]["__many__"]["factory"],
               "agent.mem_agent": spec["agent"]["__many__"]["mem_agent"]}
@@ -58,12 +59,14 @@ def test_every_key_is_in_the_spec():
     ("hypervisor", "network_queues", "257"), ("hypervisor", "enable_debug", "on"),
     ("hypervisor", "enable_debug", "maybe"), ("hypervisor", "virtio_fs_extra_args", "a, b"),
     ("hypervisor", "virtio_fs_extra_args", "a"), ("agent", "create_container_timeout", "60"),
-    ("agent", "create_container_timeout", "0"), ("runtime", "log_level", "debug"), ("runtime", "log_level", "shout"),
+    ("agent", "create_container_timeout", "0"), ("runtime", "log_level", "debug"),
+    ("runtime", "log_level", "shout"),
     ("runtime", "internetworking_model", "tcfilter"), ("runtime", "internetworking_model", "bridged"),
     ("runtime", "static_sandbox_default_workload_mem", "4294967296"),
 ])
 def test_both_judge_alike(disk, section, name, text):
-    header = {"hypervisor": "[hypervisor]\n[[qemu]]\n", "agent": "[agent]\n[[kata]]\n", "runtime": "[runtime]\n"}
+    header = {"hypervisor": "[hypervisor]\n[[qemu]]\n", "agent": "[agent]\n[[kata]]\n",
+              "runtime": "[runtime]\n"}
     conf = f"{header[section]}{name} = {text}\n"
     parsed, verdict = validated(conf)
     if verdict is True:

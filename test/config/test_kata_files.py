@@ -7,9 +7,11 @@ import tomllib
 import pytest
 
 from katashim.config import Host, load
+from katashim.config import keys as kinds
 from katashim.config.table import SECTIONS
 
-FILES = {os.path.basename(path)[:-5]: path for path in sorted(glob.glob(f"{os.path.dirname(__file__)}/kata/*.toml"))}
+FILES = {os.path.basename(path)[:-5]: path
+         for path in sorted(glob.glob(f"{os.path.dirname(__file__)}/kata/*.toml"))}
 HOST = Host(cpus=8, memory_mb=65536)
 
 
@@ -18,8 +20,9 @@ def loaded(flavour, **more):
 
 
 @pytest.mark.parametrize(("flavour", "driver"), [
-    ("dragonball", "dragonball"), ("qemu", "qemu"), ("clh", "clh"), ("rs-fc", "firecracker"), ("remote", "remote"),
-    ("qemu-tdx", "qemu"), ("qemu-snp", "qemu"), ("qemu-se", "qemu"), ("qemu-coco-dev", "qemu"),
+    ("dragonball", "dragonball"), ("qemu", "qemu"), ("clh", "clh"), ("rs-fc", "firecracker"),
+    ("remote", "remote"), ("qemu-tdx", "qemu"), ("qemu-snp", "qemu"),
+    ("qemu-se", "qemu"), ("qemu-coco-dev", "qemu"),
     ("go-qemu", "qemu"), ("go-clh", "clh")])
 def test_every_flavour_loads(flavour, driver):
     config = loaded(flavour)
@@ -35,17 +38,19 @@ def test_every_value_arrives_with_its_line(flavour):
     with open(FILES[flavour], encoding="utf-8") as file:
         text = file.read()
     tree, lines = tomllib.loads(text), text.splitlines()
-    table = next(iter(tree["hypervisor"].values()))
+    tables = {"hypervisor": next(iter(tree["hypervisor"].values())), "agent": tree["agent"]["kata"],
+              "runtime": tree["runtime"]}
     checked = 0
-    for section, values in (("hypervisor", table), ("agent", tree["agent"]["kata"]), ("runtime", tree["runtime"])):
+    for section, values in tables.items():
         for name, value in values.items():
-            if name not in SECTIONS[section] or isinstance(value, list) and value and isinstance(value[0], dict):
+            if name not in SECTIONS[section] or SECTIONS[section][name].type == kinds.TABLES:
                 continue
             source = config.sources[f"{section}.{name}"]
             while source.where.startswith(("the host", "the agent")):       # fitted to the host, or prefixed
                 source = source.below
             key = SECTIONS[section][name]
-            assert source.value == (tuple(value) if isinstance(value, list) else key.synonyms.get(value, value))
+            assert source.value == (tuple(value) if isinstance(value, list)
+                                    else key.synonyms.get(value, value))
             path, _, line = source.where.partition(":")
             assert path == config.path and lines[int(line) - 1].startswith(name)
             checked += 1
@@ -55,7 +60,7 @@ def test_every_value_arrives_with_its_line(flavour):
 def test_what_the_qemu_file_asks_for_in_vain_is_named():
     warning, = loaded("qemu").warnings
     assert "katashim does not implement these settings yet" in warning
-    assert f"cpu_features ({FILES['qemu']}:" in warning
+    assert f"vm_rootfs_driver ({FILES['qemu']}:" in warning
     assert "enable_hugepages" not in warning, "it is set to its default: nothing is asked for"
 
 

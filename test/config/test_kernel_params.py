@@ -48,8 +48,9 @@ def test_agent_settings_at_their_default_say_nothing():
 
 
 def test_agent_settings_become_words():
-    agent = Agent(enable_debug=True, enable_tracing=True, debug_console_enabled=True, visible_cdi_devices=True,
-                  container_pipe_size=4096, launch_process_timeout=6, cdh_api_timeout_ms=60000)
+    agent = Agent(enable_debug=True, enable_tracing=True, debug_console_enabled=True,
+                  visible_cdi_devices=True, container_pipe_size=4096,
+                  launch_process_timeout=6, cdh_api_timeout_ms=60000)
     assert agent_params(agent).split() == [
         "agent.log=debug", "agent.trace=true", "agent.debug_console", "agent.debug_console_vport=1026",
         "agent.visible_cdi_devices=true", "agent.container_pipe_size=4096", "agent.launch_process_timeout=6",

@@ -74,13 +74,15 @@ def test_conf():
     q = ("hypervisor", "qemu")
     assert conf_lines(CONF) == {
         ("top",): 2, ("hypervisor",): 3, q: 4, (*q, "kernel"): 5, (*q, "kernel_params"): 6,
-        (*q, "quoted key"): 10, (*q, "short"): 11, (*q, "factory"): 12, (*q, "factory", "enable_template"): 13,
-        ("hypervisor", "clh"): 14, ("hypervisor", "clh", "list"): 15, ("runtime",): 16, ("runtime", "name"): 17}
+        (*q, "quoted key"): 10, (*q, "short"): 11, (*q, "factory"): 12,
+        (*q, "factory", "enable_template"): 13, ("hypervisor", "clh"): 14, ("hypervisor", "clh", "list"): 15,
+        ("runtime",): 16, ("runtime", "name"): 17}
 
 
 _WORDS = st.text("ab[]{}#=,.'\" \\", max_size=8)
 _VALUES = st.one_of(
-    st.integers(0, 9).map(str), _WORDS.map(lambda text: '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'),
+    st.integers(0, 9).map(str),
+    _WORDS.map(lambda text: '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'),
     _WORDS.map(lambda text: "'" + text.replace("'", "") + "'"),
     st.lists(_WORDS.map(lambda text: "'" + text.replace("'", "") + "'")).map(
         lambda items: "[\n" + "".join(f" {item}, # ]\n" for item in items) + "]"),

@@ -136,7 +136,8 @@ def test_a_named_table_must_exist(disk):
 @pytest.mark.parametrize(("text", "line", "problem"), [
     ("[hypervisor.qemu]\ndefault_memroy = 1\n", 2,
      "[hypervisor.qemu] has no setting default_memroy; did you mean default_memory?"),
-    ("[hypervisor.qemu]\n\ndefault_memory = '1'\n", 3, 'hypervisor.qemu.default_memory is "1", wants an integer'),
+    ("[hypervisor.qemu]\n\ndefault_memory = '1'\n", 3,
+     'hypervisor.qemu.default_memory is "1", wants an integer'),
     ("[runtime]\nlog_level = 'loud'\n", 2, 'runtime.log_level is "loud", must be one of trace, debug'),
     ("[agent.kata.mem_agent]\nfoo = 1\n", 2, "[agent.kata.mem_agent] has no setting foo"),
     ("[hypervisor.qemo]\n", 1, "there is no hypervisor qemo; did you mean qemu?"),
@@ -162,7 +163,8 @@ def test_all_problems_are_told_at_once(disk):
 
 
 def test_the_tables_of_other_drivers_are_checked_too(disk):
-    text = "[hypervisor.qemu]\nkernel='/k'\nimage='/i'\n[hypervisor.clh]\nfoo=1\n[runtime]\nhypervisor_name='qemu'\n"
+    text = ("[hypervisor.qemu]\nkernel='/k'\nimage='/i'\n[hypervisor.clh]\nfoo=1\n"
+            "[runtime]\nhypervisor_name='qemu'\n")
     assert "[hypervisor.clh] has no setting foo" in problems_of(disk.load, "a.toml", text)[0]
 
 
@@ -174,8 +176,8 @@ def test_values_of_other_drivers_do_not_count(disk):
 
 def test_a_comma_in_a_conf_value_asks_for_quotes(disk):
     problem, = problems_of(disk.load, "a.conf", "[hypervisor]\n[[qemu]]\nkernel_params = a=1,2\n")
-    assert "a.conf:3: hypervisor.qemu.kernel_params is a list, wants a string: put a value with commas in quotes" \
-        in problem
+    assert problem.endswith("a.conf:3: hypervisor.qemu.kernel_params is a list, wants a string: "
+                            "put a value with commas in quotes")
     config = disk.load("a.conf", '[hypervisor]\n[[qemu]]\nkernel_params = "a=1,2"\n')
     assert config.hypervisor.kernel_params == "a=1,2"
 
@@ -234,8 +236,8 @@ def test_default_vcpus(disk, wanted, vcpus):
     ("firecracker", 512, 0, 32), ("remote", 512, 0, 32), ("openvmm", 512, 0, 512)])
 def test_default_maxvcpus(disk, driver, cpus, wanted, most):
     guest = "" if driver == "remote" else "kernel='/k'\nimage='/i'\n"
-    config = disk.load("a.toml", f"[hypervisor.{driver}]\n{guest}default_memory=128\ndefault_maxvcpus={wanted}\n",
-                       host=Host(cpus, 16384))
+    text = f"[hypervisor.{driver}]\n{guest}default_memory=128\ndefault_maxvcpus={wanted}\n"
+    config = disk.load("a.toml", text, host=Host(cpus, 16384))
     assert config.hypervisor.default_maxvcpus == most
 
 
@@ -254,7 +256,8 @@ def test_reconnect_is_never_shorter_than_dial_by_default(disk):
 
 # -- the result -----------------------------------------------------------------------------------
 def test_agent_settings_reach_the_kernel_command_line(disk):
-    config = disk.toml('kernel_params = "quiet agent.log=warn"', agent="enable_debug = true\ncontainer_pipe_size = 9")
+    config = disk.toml('kernel_params = "quiet agent.log=warn"',
+                       agent="enable_debug = true\ncontainer_pipe_size = 9")
     assert config.hypervisor.kernel_params == "agent.log=warn agent.container_pipe_size=9 quiet"
     assert config.source("hypervisor.kernel_params").where.startswith("the agent's settings, then /")
 
@@ -293,6 +296,6 @@ def test_the_daemon_pays_for_no_heavy_module(disk):
     words = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                            env={"PYTHONPATH": os.path.dirname(os.path.dirname(PACKAGED))}).stdout.split()
     assert words[0] == "qemu"
-    heavy = {"inspect", "dataclasses", "pathlib", "argparse", "asyncio", "difflib", "tomllib", "json", "logging",
-             "configobj.validate", "katashim.config.annotations"}
+    heavy = {"inspect", "dataclasses", "pathlib", "argparse", "asyncio", "difflib", "tomllib", "json",
+             "logging", "configobj.validate", "katashim.config.annotations"}
     assert not heavy & set(words)

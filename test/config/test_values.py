@@ -7,8 +7,8 @@ from katashim.config.values import convert, convert_text, range_text
 
 
 def make(kind, **more):
-    return Key(section="runtime", group="g", name="it", type=kind, default=more.pop("default", ""), meaning="m.",
-               **more)
+    more.setdefault("default", "")
+    return Key(section="runtime", group="g", name="it", type=kind, meaning="m.", **more)
 
 
 INT = make(kinds.INT, low=1, high=9)

@@ -83,7 +83,8 @@ def test_a_broken_configuration_is_a_finding(toml):
 
 
 @pytest.mark.parametrize(("lines", "status", "verdict"), [
-    ("", 0, "pods can run here"), ("virtio_fs_daemon='/no'\nshared_fs='virtio-fs'", 1, "pods cannot run here")])
+    ("", 0, "pods can run here"),
+    ("virtio_fs_daemon='/no'\nshared_fs='virtio-fs'", 1, "pods cannot run here")])
 def test_exit_status(toml, capsys, lines, status, verdict):
     path = toml(lines)
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK) or os.geteuid() != 0:

@@ -90,7 +90,8 @@ def test_show_json(ctl, toml):
     assert data["agent"]["mem_agent"]["mem_agent_enable"] is False
 
 
-@pytest.mark.parametrize("name", ["hypervisor.default_memory", "io.katacontainers.config.hypervisor.default_memory"])
+@pytest.mark.parametrize("name", [
+    "hypervisor.default_memory", "io.katacontainers.config.hypervisor.default_memory"])
 def test_show_with_an_annotation(ctl, toml, name):
     _, out, _ = ctl("config", "show", "--json", "--config", toml, "--annotation", f"{name}=1 GiB")
     assert json.loads(out)["hypervisor"]["default_memory"] == 1024
@@ -129,7 +130,8 @@ def test_check_names_every_problem(ctl, toml):
 def test_check_looks_for_the_files(ctl, toml, tmp_path):
     (tmp_path / "kernel").unlink()
     status, out, _ = ctl("config", "check", "--config", toml)
-    assert status == 1 and f"problem: {toml}:3: hypervisor.kernel names {tmp_path}/kernel, which does not exist" in out
+    assert status == 1
+    assert f"problem: {toml}:3: hypervisor.kernel names {tmp_path}/kernel, which does not exist" in out
 
 
 def test_check_tells_warnings_and_passes(ctl, toml):
@@ -153,7 +155,8 @@ def test_explain_what_was_replaced(ctl, toml):
     entry, = json.loads(out)["settings"]
     assert entry["value"] == 1024 and entry["where"].startswith("annotation ")
     assert entry["replaced"] == [{"value": 512, "where": f"{toml}:5"}]
-    assert entry["default"] == 128 and entry["implemented"] and entry["annotation"].endswith(".default_memory")
+    assert entry["default"] == 128 and entry["implemented"]
+    assert entry["annotation"].endswith(".default_memory")
 
 
 def test_explain_an_old_name(ctl, toml):
@@ -181,4 +184,5 @@ def test_explain_an_unknown_name(ctl, toml):
 def test_explain_with_a_broken_file_still_explains(ctl, toml):
     toml.write_text(toml.read_text() + "foo = 1\n")
     status, out, _ = ctl("config", "explain", "accel", "--config", toml)
-    assert status == 1 and "one of auto, kvm, tcg" in out and "No value:" in out and "has no setting foo" in out
+    assert status == 1 and "one of auto, kvm, tcg" in out
+    assert "No value:" in out and "has no setting foo" in out

@@ -44,6 +44,7 @@ def test_the_conf_file_with_all_its_comments_made_settings_is_valid(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    ("plain", "plain"), ("", '""'), ("a, b", '"a, b"'), ("a # b", '"a # b"'), ('say "x"', "'say \"x\"'"), (" x ", '" x "')])
+    ("plain", "plain"), ("", '""'), ("a, b", '"a, b"'), ("a # b", '"a # b"'), ('say "x"', "'say \"x\"'"),
+    (" x ", '" x "')])
 def test_quoting(value, text):
     assert configdoc.value_text(SECTIONS["hypervisor"]["kernel_params"], value) == text

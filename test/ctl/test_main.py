@@ -45,7 +45,8 @@ def test_each_command_keeps_the_frames_protocol(command):
     assert callable(module.add_arguments) and callable(module.main)
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["config"], ["config", "explain"], ["version", "--wrong"]])
+@pytest.mark.parametrize("argv", [
+    [], ["nonsense"], ["config"], ["config", "explain"], ["version", "--wrong"]])
 def test_wrong_usage_is_exit_status_2(argv, capsys):
     with pytest.raises(SystemExit) as done:
         main(argv)
@@ -90,7 +91,8 @@ def test_no_colour_in_a_pipe():
 
 
 def test_the_tool_loads_only_the_commands_own_module():
-    program = ("import sys; from katashim.ctl.main import main; main(['version']); "
-               "print([name for name in sys.modules if name.startswith(('gevent', 'katashim.guest', 'configobj'))])")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    program = ("import sys; from katashim.ctl.main import main; main(['version']); print([name for name in "
+               "sys.modules if name.startswith(('gevent', 'katashim.guest', 'configobj'))])")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                          timeout=30)
     assert done.stdout.splitlines()[-1] == "[]"

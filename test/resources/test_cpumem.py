@@ -31,7 +31,8 @@ def configured(tmp_path):
 
 
 def container(quota=None, period=None, memory=None, **more):
-    return {"linux": {"resources": {"cpu": {"quota": quota, "period": period}, "memory": {"limit": memory}, **more}}}
+    resources = {"cpu": {"quota": quota, "period": period}, "memory": {"limit": memory}, **more}
+    return {"linux": {"resources": resources}}
 
 
 def pod(quota=0, period=0, memory=0):
@@ -121,7 +122,8 @@ def test_dynamic_size_adds_to_the_default(configured):
 
 def test_total_size_is_the_sum_over_live_containers(configured):
     config = configured(static=False)
-    one, two = (container(50000, 100000, GIB)["linux"]["resources"], container(25000, 50000)["linux"]["resources"])
+    one = container(50000, 100000, GIB)["linux"]["resources"]
+    two = container(25000, 50000)["linux"]["resources"]
     assert total_size(config, []) == (1, 2048)
     assert total_size(config, [one]) == (2, 3072)
     assert total_size(config, [one, two]) == (2, 3072)
