@@ -62,7 +62,7 @@ def test_input_and_a_terminal(daemon):
     echo = daemon.run(f"{WORD}-c", "head", "-c", "9", options=["--rm"], runtime=RUNC, stdin=b"passed on")
     assert echo.out == "passed on"
     with daemon.terminal("run", "--rm", "-t", "--runtime", RUNC, image.NAME, f"{WORD}-d",
-                         "sh", "-c", "stty size; read x; echo got $x; exit 5", rows=33, columns=99) as terminal:
+                         "sh", "-c", "until stty size 2>/dev/null; do sleep 0.05; done; read x; echo got $x; exit 5", rows=33, columns=99) as terminal:
         terminal.read_until(b"33 99")
         terminal.send(b"it\n")
         terminal.read_until(b"got it")
@@ -71,7 +71,7 @@ def test_input_and_a_terminal(daemon):
 
 @needs_runc
 def test_ctr_that_hangs_is_killed(daemon):
-    with pytest.raises(Failed, match=r"did not end within 0\.5 s"):
+    with pytest.raises(Failed, match=r"no end within 0\.5 s"):
         daemon.run(f"{WORD}-e", "sleep", "60", options=["--rm"], runtime=RUNC, timeout_s=0.5)
     assert daemon.remove_all() == [f"{WORD}-e"]
 
@@ -86,6 +86,7 @@ def test_containers_outlive_containerd(daemon):
     assert daemon.tasks()[f"{WORD}-f"] == (pid, "RUNNING")
     daemon.restart()
     daemon.ctr("task", "kill", "-s", "KILL", f"{WORD}-f")
+    daemon.wait_status(f"{WORD}-f", "STOPPED")
     daemon.remove_all()
     assert daemon.tasks() == {}
 

@@ -7,6 +7,7 @@ Debian's tree (see trees.py).
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,54 @@ class Result(NamedTuple):
 
 class Failed(AssertionError):
     """A program did not do as it should; the message has its output and the end of containerd's log."""
+
+
+class Running:
+    """A program that was started. :param log_tail: called for more evidence when it hangs."""
+
+    def __init__(self, argv, env, stdin=False, log_tail=lambda: ""):
+        self.argv, self._log_tail = argv, log_tail
+        self._began = time.monotonic()
+        self.process = subprocess.Popen(
+            argv, env=env, cwd="/", start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL)
+
+    def wait(self, timeout_s=_CTR_S, stdin=None):
+        """Give it its input (bytes) and wait for its end; returns a :class:`Result`.
+
+        :raises Failed: it takes longer; it is killed then, as it is when this wait is interrupted.
+        """
+        try:
+            return self._result(*self.process.communicate(stdin, timeout=timeout_s))
+        except subprocess.TimeoutExpired:
+            raise Failed(f"no end within {timeout_s} s\n{self.kill()}\n{self._log_tail()}") from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def read_line(self, timeout_s=_CTR_S):
+        """The next line that it prints on stdout, which :meth:`wait` then does not return.
+
+        :raises Failed: there is none within `timeout_s` seconds, or at all; it is killed.
+        """
+        end = time.monotonic() + timeout_s
+        line, stdout = b"", self.process.stdout.fileno()
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([stdout], [], [], max(0, end - time.monotonic()))
+            byte = os.read(stdout, 1) if ready else b""
+            if not byte:
+                raise Failed(f"no line, but {line!r}\n{self.kill()}\n{self._log_tail()}")
+            line += byte
+        return line.decode(errors="replace")
+
+    def kill(self):
+        """Kill it; returns its :class:`Result` so far."""
+        self.process.kill()
+        return self._result(*self.process.communicate())
+
+    def _result(self, out, err):
+        return Result(tuple(self.argv), self.process.returncode, out.decode(errors="replace"),
+                      err.decode(errors="replace"), time.monotonic() - self._began)
 
 
 class Containerd:
@@ -184,39 +233,23 @@ disabled_plugins = [{disabled}]
     def ctr(self, *arguments, check=True, timeout_s=_CTR_S, stdin=None, code=0):
         """Run ctr to its end.
 
+        :param arguments: behind the address. :param timeout_s: seconds; it is killed when they are over.
         :param check: whether an exit status other than `code` is an error. :param stdin: bytes, or None.
-        :returns: :class:`Result`. :raises Failed: also when it takes longer than `timeout_s` seconds; it
-            is killed then.
+        :returns: :class:`Result`. :raises Failed: with its output and the end of containerd's log.
         """
-        argv = self.ctr_argv(*arguments)
-        began = time.monotonic()
-        process = subprocess.Popen(
-            argv, env=self.env, cwd="/", start_new_session=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
-        try:
-            out, err = process.communicate(stdin, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            result = self._result(argv, process, out, err, began)
-            raise Failed(f"ctr did not end within {timeout_s} s\n{result}\n{self.log_tail()}") from None
-        except BaseException:
-            process.kill()
-            process.communicate()
-            raise
-        result = self._result(argv, process, out, err, began)
+        running = self.start_ctr(*arguments, stdin=stdin is not None)
+        result = running.wait(timeout_s, stdin)
         if check and result.code != code:
             raise Failed(f"{result}\n{self.log_tail()}")
         return result
 
+    def start_ctr(self, *arguments, stdin=False):
+        """Run ctr without waiting for its end; returns :class:`Running`. :param stdin: whether it gets any."""
+        return Running(self.ctr_argv(*arguments), self.env, stdin, self.log_tail)
+
     def ctr_argv(self, *arguments):
         """The command line of ctr, for those who run it themselves (with :attr:`env`)."""
         return [*self._ctr_command, "--address", self.address, *arguments]
-
-    @staticmethod
-    def _result(argv, process, out, err, began):
-        return Result(tuple(argv), process.returncode, out.decode(errors="replace"),
-                      err.decode(errors="replace"), time.monotonic() - began)
 
     def import_busybox(self, **options):
         """Make the busybox image and import it; returns its name. `options` are image.write's."""
@@ -228,6 +261,21 @@ disabled_plugins = [{disabled}]
     def run(self, name, *command, options=(), runtime=KATASHIM, image_name=image.NAME, **how):
         """``ctr run`` of `command` in a container called `name`; `how` goes to :meth:`ctr`."""
         return self.ctr("run", *options, "--runtime", runtime, image_name, name, *command, **how)
+
+    def start_run(self, name, *command, options=(), runtime=KATASHIM, image_name=image.NAME, stdin=False):
+        """The same without waiting for its end; returns :class:`Running`."""
+        return self.start_ctr("run", *options, "--runtime", runtime, image_name, name, *command, stdin=stdin)
+
+    def wait_status(self, name, wanted, timeout_s=_CTR_S):
+        """Wait until the task of a container is `wanted`, such as "RUNNING".
+
+        :raises Failed: it is not in time; says what it is.
+        """
+        end = time.monotonic() + timeout_s
+        while (status := self.tasks().get(name, (0, "absent"))[1]) != wanted:
+            if time.monotonic() > end:
+                raise Failed(f"{name} is {status}, not {wanted}, after {timeout_s} s\n{self.log_tail()}")
+            time.sleep(0.02)
 
     def tasks(self):
         """``{container id: (pid, "RUNNING" | "STOPPED" | ...)}``."""
