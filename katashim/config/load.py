@@ -15,6 +15,7 @@ Called once per sandbox by the runtime, and by katashim-ctl.
 import os
 from typing import NamedTuple
 
+from katashim import host as machine
 from katashim.config import files, kernel_params, validate
 from katashim.config import keys as kinds
 from katashim.config.records import Config, InvalidConfig, Provenance, records_of
@@ -41,8 +42,7 @@ class Host(NamedTuple):
 
     @classmethod
     def of_this_machine(cls):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(cpus=os.sysconf("SC_NPROCESSORS_ONLN"), memory_mb=memory >> 20)
+        return cls(cpus=machine.online_cpus(), memory_mb=machine.memory_mb())
 
 
 def load(path=None, *, annotations=None, env=None, host=None):
@@ -63,8 +63,8 @@ def load(path=None, *, annotations=None, env=None, host=None):
     layers = [files.read(name) for name in (base, *drop_ins)]
     packaged, names = None, _selected(layers, asked)
     if base.endswith(".conf"):
-        packaged = _packaged_layer(names["hypervisor"], base)
-        layers = [packaged] + [layer for layer in layers if layer.path != packaged.path]
+        packaged = _packaged_layer(names["hypervisor"], layers[0])
+        layers = [packaged] + [layer for layer in layers if layer is not packaged]
         names = _selected(layers[1:], asked, fallback=_selected(layers[:1], {}))
 
     settings = _lay_over(layers, names, packaged)
@@ -125,10 +125,11 @@ def _check_tables_exist(layers, names):
 
 
 def _packaged_layer(driver, base):
-    path = files.packaged(f"{driver}.conf")
-    if not os.path.exists(path):
-        path = files.packaged("qemu.conf")
-    return files.read(base if os.path.realpath(path) == base else path)
+    """The packaged File that goes below `base`, which may be `base` itself."""
+    path = os.path.realpath(files.packaged(f"{driver}.conf"))
+    if driver not in kinds.DRIVERS or not os.path.exists(path):      # a pod may name anything
+        path = os.path.realpath(files.packaged("qemu.conf"))
+    return base if path == base.path else files.read(path)
 
 
 # -- from files to settings -----------------------------------------------------------------------

@@ -223,5 +223,7 @@ def test_a_pod_chooses_among_the_tables_there_are(disk):
     config = disk.load("a.toml", text, annotations=asked(
         runtime__hypervisor_name="clh", runtime__agent_name="other"))
     assert (config.hypervisor.name, config.hypervisor.kernel, config.agent.name) == ("clh", "/c", "other")
+    with pytest.raises(InvalidConfig, match=r"there is no \[hypervisor.../../x\], only qemu"):
+        disk.load("a.conf", "", annotations=asked(runtime__hypervisor_name="../../x"))
     with pytest.raises(InvalidConfig, match=r"there is no \[hypervisor.remote\]"):
         disk.load("a.toml", text, annotations=asked(runtime__hypervisor_name="remote"))

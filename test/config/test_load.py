@@ -296,6 +296,6 @@ def test_the_daemon_pays_for_no_heavy_module(disk):
     words = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                            env={"PYTHONPATH": os.path.dirname(os.path.dirname(PACKAGED))}).stdout.split()
     assert words[0] == "qemu"
-    heavy = {"inspect", "dataclasses", "pathlib", "argparse", "asyncio", "difflib", "tomllib", "json",
+    heavy = {"inspect", "dataclasses", "pathlib", "argparse", "asyncio", "difflib", "tomllib",
              "logging", "configobj.validate", "katashim.config.annotations"}
     assert not heavy & set(words)
