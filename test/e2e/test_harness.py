@@ -14,6 +14,7 @@ import time
 import pytest
 from harness import containerd, image, leaks
 from harness.containerd import RUNC, Containerd, Failed
+from harness.terminal import PRINT_SIZE
 
 needs_runc = pytest.mark.skipif(not (shutil.which("containerd") and shutil.which("runc")),
                                 reason="containerd and runc are not installed")
@@ -61,8 +62,8 @@ def test_a_container_runs_and_its_exit_status_is_seen(daemon):
 def test_input_and_a_terminal(daemon):
     echo = daemon.run(f"{WORD}-c", "head", "-c", "9", options=["--rm"], runtime=RUNC, stdin=b"passed on")
     assert echo.out == "passed on"
-    with daemon.terminal("run", "--rm", "-t", "--runtime", RUNC, image.NAME, f"{WORD}-d",
-                         "sh", "-c", "until stty size 2>/dev/null; do sleep 0.05; done; read x; echo got $x; exit 5", rows=33, columns=99) as terminal:
+    with daemon.terminal("run", "--rm", "-t", "--runtime", RUNC, image.NAME, f"{WORD}-d", "sh", "-c",
+                         f"{PRINT_SIZE}; read x; echo got $x; exit 5", rows=33, columns=99) as terminal:
         terminal.read_until(b"33 99")
         terminal.send(b"it\n")
         terminal.read_until(b"got it")

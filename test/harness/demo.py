@@ -17,6 +17,7 @@ if not __package__:
 
 from harness import image, leaks
 from harness.containerd import KATASHIM, Containerd, Failed
+from harness.terminal import PRINT_SIZE
 
 _CONFIG = "# The demo's: everything is as defaults/qemu.conf has it.\n"
 _SANDBOX = {"io.kubernetes.cri.container-type": "sandbox"}
@@ -79,10 +80,8 @@ class Demo:
     def terminal(self):
         """A container on a terminal of 30 x 100."""
         with self.step("ctr run -t: a container on a terminal") as details:
-            # ctr tells of the window's size after the start; until then it is unknown.
-            size = "until stty size 2>/dev/null; do sleep 0.05; done"
             arguments = ("run", "--rm", "-t", "--runtime", self.runtime, image.NAME, "demo-tty",
-                         "sh", "-c", f"tty; {size}; read word; echo got $word")
+                         "sh", "-c", f"tty; {PRINT_SIZE}; read word; echo got $word")
             with self.daemon.terminal(*arguments, rows=30, columns=100) as terminal:
                 device = terminal.read_until(b"\n").decode().strip()
                 size = terminal.read_until(b"\n").decode().strip()
