@@ -12,12 +12,13 @@ a child process, and the answer is printed in time even when the kernel sits on 
 import fcntl
 import os
 import select
+import sys
 import time
 
 from katashim import child, state, undo
 from katashim.errors import DeadlineExceeded, KatashimError
 from katashim.resources import mounts
-from katashim.shim import endpoint, pod, wire
+from katashim.shim import endpoint, interpreter, pod, wire
 from katashim.shim.flags import check_id
 from katashim.shim.start import bundle_of
 
@@ -32,6 +33,7 @@ def delete(flags):
     """Do the verb; returns the bytes to print. What could not be removed is told on stderr."""
     check_id(flags.id, "id")
     check_id(flags.namespace, "namespace")
+    sys.path.extend(interpreter.site_packages())
     problems = _in_child(_ANSWER_S, _clean_up, flags)
     if problems:
         os.write(2, problems)
@@ -160,6 +162,8 @@ def _be_child(pipe, work, args):
             os.dup2(null, fd)
         os.write(pipe, "".join(f"{problem}\n" for problem in work(*args)).encode())
         status = 0
+    except KatashimError as exc:
+        os.write(pipe, f"{exc.full_text()}\n".encode())
     except Exception:       # noqa: BLE001  the outermost frame of a process: after this there is only exit
         import traceback
         os.write(pipe, traceback.format_exc().encode())

@@ -43,15 +43,27 @@ def annotations(bundle):
         return {}
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidArgument(f"cannot read {path}: {exc}") from exc
-    from _json import make_scanner
-    try:
-        spec, end = make_scanner(_Scanner())(text, 0)
-    except (ValueError, StopIteration, RecursionError) as exc:
-        raise InvalidArgument(f"{path} is not JSON: {exc or 'it is empty'}") from exc
+    spec = _parse(text, path)
     found = spec.get("annotations") if type(spec) is dict else None
-    if end != len(text) or type(spec) is not dict or type(found) not in (dict, type(None)):
+    if type(spec) is not dict or type(found) not in (dict, type(None)):
         raise InvalidArgument(f"{path} is not an OCI runtime specification")
     return found or {}
+
+
+def _parse(text, path):
+    """The JSON value in `text`. Only an error costs the import of json, which words it well."""
+    from _json import make_scanner
+    try:
+        value, end = make_scanner(_Scanner())(text, 0)
+        if end == len(text):
+            return value
+    except (ValueError, StopIteration, RecursionError, SystemError):
+        pass            # SystemError: the C code has looked for json's exception where nobody imported it
+    import json
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"{path} is not JSON: {exc}") from exc
 
 
 def sandbox_of(container_id, marks):
