@@ -155,22 +155,16 @@ def _meminfo(name):
     return 0
 
 
-def cgroup_mode():
+def cgroup_mode(mountinfo="/proc/self/mountinfo"):
     """``"v2"``, ``"v1"``, or ``"hybrid"``: v1 hierarchies with a v2 tree beside them."""
-    if _is_cgroup2("/sys/fs/cgroup"):
-        return "v2"
-    return "hybrid" if _is_cgroup2("/sys/fs/cgroup/unified") else "v1"
-
-
-def _is_cgroup2(path):
-    """By the mount table; of mounts over each other the last counts."""
-    kind = None
-    with open("/proc/self/mountinfo", "rb") as lines:
+    kinds = {}                  # of mounts over each other the last counts
+    with open(mountinfo, "rb") as lines:
         for line in lines:
             place, _, filesystem = line.partition(b" - ")
-            if place.split()[4] == path.encode():
-                kind = filesystem.split()[0]
-    return kind == b"cgroup2"
+            kinds[place.split()[4]] = filesystem.split()[0]
+    if kinds.get(b"/sys/fs/cgroup") == b"cgroup2":
+        return "v2"
+    return "hybrid" if kinds.get(b"/sys/fs/cgroup/unified") == b"cgroup2" else "v1"
 
 
 def tsc_khz():

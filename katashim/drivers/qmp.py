@@ -101,7 +101,7 @@ class Qmp:
         Subscribe before the command that causes the event, then nothing can be missed.
 
         :param names: of events; none of them means all.
-        :param match: ``{member: value}`` that the event's data must have.
+        :param match: ``{member: value}`` that the event's data must have, or a function of the data.
         """
         return Subscription(self, names, match or {})
 
@@ -166,7 +166,8 @@ class Subscription:
         :raises DeadlineExceeded: none in time. :raises ConnectionClosed: QEMU is gone for good.
         """
         what = " or ".join(self._names) or "any event"
-        with green.deadline(timeout_s, f"{what} {self._match or ''} from {self._qmp.name}"):
+        detail = "" if callable(self._match) or not self._match else f" {self._match}"
+        with green.deadline(timeout_s, f"{what}{detail} from {self._qmp.name}"):
             while not self._events:
                 if self._qmp.channel.closed:
                     raise ConnectionClosed(f"{self._qmp.name} is gone; {what} will not come")
@@ -177,7 +178,11 @@ class Subscription:
     def _offer(self, event):
         if self._names and event.name not in self._names:
             return
-        if all(event.data.get(member) == value for member, value in self._match.items()):
+        if callable(self._match):
+            wanted = self._match(event.data)
+        else:
+            wanted = all(event.data.get(member) == value for member, value in self._match.items())
+        if wanted:
             self._events.append(event)
             self._arrived.set()
 
