@@ -1,0 +1,220 @@
+"""One container: from the host's spec to a running init, its other processes, and its removal.
+
+The verbs of one container that change it are serialised by its lock; reading, waiting and signalling
+are not, so nothing that waits for a process holds up anything else. Called by sandbox.py, services.py.
+"""
+
+import os
+import shutil
+import threading
+
+from katashim.guest.agent import cgroup, crun, enter, jsontext, linux, log, spec
+from katashim.guest.agent.process import Process, Stdio
+from katashim.guest.agent.rpcerror import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RpcError
+
+BASE_DIR = "/run/kata-containers"
+_SIGTERM, _SIGKILL = 15, 9
+CREATED, RUNNING, PAUSED = "created", "running", "paused"
+
+
+class Container:
+    """A container of the sandbox.
+
+    :ivar id: its id. :ivar bundle: its directory. :ivar rootfs: where its root is bound.
+    :ivar storages: mount points of the storages that it holds. :ivar cgroup: its cgroup.Cgroup.
+    """
+
+    def __init__(self, cid):
+        self.id = cid
+        self.bundle = f"{BASE_DIR}/{cid}"
+        self.rootfs = f"{self.bundle}/rootfs"
+        self.storages = []
+        self.cgroup = None
+        self.annotations = {}
+        self.mounts = ()
+        self._oci = None
+        self._state = None
+        self._changing = threading.Lock()   # held by the verbs that change the container
+        self._table = threading.Lock()      # guards _processes and _starting
+        self._processes = {}                # exec id -> Process; the init's is the container's
+        self._starting = set()              # exec ids that are being started
+
+    def create(self, message, sandbox, pid_namespace, pipe_size):
+        """Set the container up to the point before its program runs.
+
+        :param message: the ``grpc.Spec``, with guest paths.
+        :raises RpcError: it cannot be; what was made of it is gone again.
+        """
+        oci = spec.to_oci(message)
+        root = oci["root"]["path"]
+        try:
+            self._bind_root(root)
+            spec.amend(oci, cid=self.id, rootfs=self.rootfs, sandbox=sandbox, pid_namespace=pid_namespace,
+                       unified_cgroups=cgroup.is_unified())
+            with open(f"{self.bundle}/config.json", "w") as file:
+                file.write(jsontext.dumps(oci))
+            self._start_init(oci, pipe_size)
+        except BaseException:
+            self._clean_up()
+            raise
+        self._oci = oci
+        self.annotations, self.mounts = oci["annotations"], oci["mounts"]
+        self._state = CREATED
+
+    def start(self):
+        """Run its program."""
+        with self._changing:
+            crun.start(self.id, self.process(self.id).end)
+            self._state = RUNNING
+
+    def execute(self, exec_id, message, pipe_size):
+        """Start another process. :param message: the ``grpc.Process``.
+
+        :raises RpcError: the id is taken, the init is gone, or the program cannot be run.
+        """
+        process = spec.process(message)
+        process.setdefault("capabilities", self._oci["process"].get("capabilities", {}))
+        with self._table:
+            if exec_id in self._processes or exec_id in self._starting:
+                raise RpcError(INTERNAL, f"exec_id '{exec_id}' already exists")
+            init = self._processes.get(self.id)
+            if init is None or init.end.status is not None:
+                raise RpcError(INTERNAL, f"container {self.id} does not run")
+            self._starting.add(exec_id)
+        stdio = Stdio(pipe_size)
+        try:
+            if enter.can_do(self._oci):
+                end = enter.execute(init.pid, process, stdio)
+            else:
+                end = crun.execute(self.id, self.bundle, exec_id, process, stdio, cgroup.is_mounted())
+            with self._table:
+                self._processes[exec_id] = Process(end, stdio)
+        except BaseException:
+            stdio.started()
+            stdio.close()
+            raise
+        finally:
+            with self._table:
+                self._starting.discard(exec_id)
+
+    def process(self, exec_id):
+        """The process `exec_id`; "" is the init's. :raises RpcError: it is gone, or never was."""
+        with self._table:
+            found = self._processes.get(exec_id or self.id)
+        if found is None:
+            name = "InitProcessNotFound" if exec_id in ("", self.id) else "InvalidExecId"
+            raise RpcError(NOT_FOUND, name)
+        return found
+
+    def wait(self, exec_id):
+        """Wait until a process ends, release what it holds, and return its status."""
+        process = self.process(exec_id)
+        status = process.end.wait()
+        with self._table:
+            if self._processes.get(exec_id or self.id) is process:
+                del self._processes[exec_id or self.id]
+        process.close()
+        return status
+
+    def signal(self, exec_id, number):
+        """Send a signal. SIGKILL to the init goes to all there are, and SIGTERM becomes SIGKILL for an init
+        that does nothing about it: the kernel would drop it, as for any PID 1."""
+        process = self.process(exec_id)
+        if exec_id == "" and number == _SIGKILL:
+            self.kill_all()
+        if exec_id in ("", self.id) and number == _SIGTERM and not _handles(process.pid, number):
+            number = _SIGKILL
+        process.signal(number)
+
+    def kill_all(self):
+        """SIGKILL everything in the container."""
+        if self.cgroup is not None:
+            self.cgroup.kill()
+        with self._table:
+            processes = list(self._processes.values())
+        for process in processes:
+            process.signal(_SIGKILL)
+
+    def update(self, message):
+        """Change the limits. :param message: a ``grpc.LinuxResources``."""
+        resources = spec.resources(message)
+        with self._changing:
+            crun.update(self.id, self.bundle, resources)
+            self._oci["linux"]["resources"] = resources
+
+    def pause(self):
+        """Freeze it. :raises RpcError: it is not running."""
+        with self._changing:
+            if self._state not in (CREATED, RUNNING):
+                raise RpcError(INTERNAL, f"failed to pause container: current status is: {self._state}")
+            self.cgroup.freeze(True)
+            self._state = PAUSED
+
+    def resume(self):
+        """Thaw it. :raises RpcError: it is not paused."""
+        with self._changing:
+            if self._state != PAUSED:
+                raise RpcError(INTERNAL, f"container status is: {self._state}, not paused")
+            self.cgroup.freeze(False)
+            self._state = RUNNING
+
+    def remove(self):
+        """Kill what runs and take everything away."""
+        with self._changing:
+            if self._state == PAUSED:
+                self.cgroup.freeze(False)
+            self.kill_all()
+            with self._table:
+                processes, self._processes = self._processes, {}
+            for process in processes.values():
+                process.end.wait(5)
+                process.close()
+            self._clean_up()
+
+    def init_pid(self):
+        """The pid of its init, None when that has ended and been waited for."""
+        with self._table:
+            init = self._processes.get(self.id)
+        return init.pid if init is not None else None
+
+    def _bind_root(self, root):
+        if not root.startswith("/"):
+            raise RpcError(INVALID_ARGUMENT, f"the root of container {self.id} is {root!r}, not an absolute path")
+        if not os.path.isdir(self.rootfs):      # there already: a storage was mounted there
+            os.makedirs(self.rootfs)
+            linux.bind(root, self.rootfs, recursive=True)
+
+    def _start_init(self, oci, pipe_size):
+        stdio = Stdio(pipe_size)
+        try:
+            end = crun.create(self.id, self.bundle, stdio, oci["process"]["terminal"], cgroup.is_mounted())
+        except BaseException:
+            stdio.started()
+            stdio.close()
+            raise
+        self._processes[self.id] = Process(end, stdio)
+        if cgroup.is_mounted():
+            self.cgroup = cgroup.Cgroup(oci["linux"]["cgroupsPath"])
+
+    def _clean_up(self):
+        """Remove what create made; every step is tried."""
+        for step in (lambda: crun.delete(self.id), self._unmount_root, lambda: shutil.rmtree(self.bundle)):
+            try:
+                step()
+            except (OSError, RpcError) as exc:
+                log.warning("container", f"removing {self.id}: {exc}")
+
+    def _unmount_root(self):
+        # All mounts on it: the bind of its root, or the storage that was put there.
+        while os.path.ismount(self.rootfs):
+            linux.umount(self.rootfs, linux.MNT_DETACH)
+
+
+def _handles(pid, signal):
+    """Whether a process blocks, ignores or catches `signal`."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return any(int(lines[name], 16) >> signal - 1 & 1 for name in ("SigBlk", "SigIgn", "SigCgt"))

@@ -1,0 +1,97 @@
+"""The agent's start: as PID 1 prepare the guest, then listen, then serve for ever.
+
+What can wait until the host is connected waits: the host asks first for the agent's health, and the
+drivers of network and filesystems are loaded meanwhile. The command line is that of /proc/cmdline
+(settings.py); nothing is read from argv but ``--version``.
+"""
+
+import os
+import sys
+import threading
+
+from katashim.guest.agent import linux, log
+
+
+_LAST_ANSWERS_S = 0.3
+
+
+def main():
+    """Run the agent; returns only when it is an ordinary process and has been told to end."""
+    init = os.getpid() == 1
+    if init:
+        log.console("katashim agent: starting")
+    try:
+        _run(init)
+    except BaseException:
+        import traceback
+        log.console(f"katashim agent: cannot go on\n{traceback.format_exc()}")
+        if not init:
+            raise
+    if init:
+        power_off()
+
+
+def power_off():
+    """Write everything back and end the machine; under a kernel without ACPI, by a reset, which the
+    hypervisor is told to take for the end (QEMU's -no-reboot, Firecracker always)."""
+    os.sync()
+    linux.reboot(linux.RB_POWER_OFF if os.path.isdir("/sys/firmware/acpi/tables") else linux.RB_AUTOBOOT)
+
+
+def _run(init):
+    from katashim.guest.agent import boot, settings, sockets
+    if init:
+        boot.mount_all()
+        os.environ.clear()
+        os.environ["PATH"] = boot.PATH
+    chosen = settings.from_kernel()
+    log.level = chosen.log
+    if init:
+        boot.mount_cgroups(chosen.unified_cgroups)
+        boot.load_modules(chosen.console)
+    listener = sockets.listen(chosen.server_addr)
+    if init:
+        threading.Thread(target=_finish_boot, args=(boot, chosen), name="boot", daemon=True).start()
+    linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+    _serve(listener, chosen)
+
+
+def _finish_boot(boot, chosen):
+    from katashim.guest.agent import console, modules
+    try:
+        modules.load_present()
+        boot.set_host_name()
+        boot.loopback_up()
+        boot.take_terminal()
+        console.start(chosen)
+    except Exception:  # noqa: BLE001  the agent answers already: its host must hear of it, not lose the VM
+        log.unforeseen("boot", "the guest is not complete")
+
+
+def _serve(listener, chosen):
+    from katashim.guest import wire
+    from katashim.guest.agent import reaper, services
+    from katashim.guest.agent.server import Server
+    messages, methods = _tables()
+    codec = wire.Codec(messages)
+    ended = threading.Event()
+    handlers = services.handlers(codec, chosen, ended.set)
+    reaper.start()
+    server = Server(codec, methods, handlers)
+    threading.Thread(target=server.serve, args=(listener,), name="accept", daemon=True).start()
+    ended.wait()
+    server.wait_alone(_LAST_ANSWERS_S)
+
+
+def _tables():
+    """The message tables: written into the image by its builder, or made on the spot from the sources."""
+    try:
+        from katashim.guest.agent import messages
+    except ImportError:
+        from katashim.guest import tables
+        return tables.load()
+    return messages.MESSAGES, messages.SERVICES
+
+
+if __name__ == "__main__":
+    sys.exit(main())
