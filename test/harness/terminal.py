@@ -10,7 +10,6 @@ import subprocess
 import termios
 import time
 
-
 # A shell command that prints the size of its terminal. ctr tells of the size after the start of the task;
 # until then it is unknown, and busybox's stty complains with exit status 0.
 PRINT_SIZE = 'until [ -n "$(stty size 2>/dev/null)" ]; do sleep 0.05; done; stty size'
