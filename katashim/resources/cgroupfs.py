@@ -128,16 +128,10 @@ def set_cpuset(path, cpus, mems):
     """
     for hierarchy in hierarchies():
         directory = hierarchy.directory(path)
-        if not os.path.exists(f"{directory}/cpuset.cpus"):
-            continue
-        for name, value in (("cpuset.cpus", cpus), ("cpuset.mems", mems)):
-            if not value and hierarchy.version == 1:
-                value = _read(f"{os.path.dirname(directory)}/{name}")
-            try:
-                _write(f"{directory}/{name}", value or "\n")
-            except OSError as exc:
-                raise InvalidArgument(f"cannot set {name} of {directory} to {value!r}: {exc.strerror}") from exc
-        return True
+        if os.path.exists(f"{directory}/cpuset.cpus"):
+            _confine(hierarchy, directory, "cpuset.cpus", cpus)
+            _confine(hierarchy, directory, "cpuset.mems", mems)
+            return True
     return False
 
 
@@ -214,6 +208,20 @@ def _inherit_cpuset(directory):
     for name in ("cpuset.cpus", "cpuset.mems"):
         if not _read(f"{directory}/{name}"):
             _write(f"{directory}/{name}", _read(f"{os.path.dirname(directory)}/{name}"))
+
+
+def _confine(hierarchy, directory, name, value):
+    """Set one file of a cpuset. A cgroup with processes cannot be set back to empty, not under v2 either,
+    so what is confined no longer is given all that its parent has."""
+    if not value:
+        if not _read(f"{directory}/{name}"):
+            return
+        effective = name if hierarchy.version == 1 else f"{name}.effective"
+        value = _read(f"{os.path.dirname(directory)}/{effective}")
+    try:
+        _write(f"{directory}/{name}", value)
+    except OSError as exc:
+        raise InvalidArgument(f"cannot set {name} of {directory} to {value!r}: {exc.strerror}") from exc
 
 
 def _mark(directory):

@@ -14,8 +14,7 @@ import time
 
 from katashim import undo
 from katashim.resources import netlink, netns
-
-RELEASES = {"link": netlink.delete_link, "ingress": netlink.delete_ingress, "netns": netns.remove}
+from katashim.resources.releases import RELEASES
 
 _numbers = itertools.count()
 _VNET_HEADER = bytes(10)
@@ -23,7 +22,7 @@ _DEADLINE_S = 5
 
 
 def stack(journal=None):
-    """An undo stack that knows the releases of the network."""
+    """An undo stack, with its journal at the path `journal`."""
     return undo.Undo(None if journal is None else str(journal), RELEASES)
 
 

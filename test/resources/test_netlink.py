@@ -299,7 +299,8 @@ def test_redirects_are_what_tc_shows(pod, kernel):
         shown = pod.run(f"tc filter show dev {link.name} ingress")
         assert "protocol all" in shown and "match 00000000/00000000 at 0" in shown
         assert f"mirred (Egress Redirect to device {other.name}) stolen" in shown
-        assert kernel.redirects(link) == [tc.Redirect(link.index, other.index, tc.ETH_P_ALL, 0)]
+        redirect, = kernel.redirects(link)
+        assert redirect == tc.Redirect(link.index, other.index, tc.ETH_P_ALL, redirect.packets)
     with pytest.raises(NetlinkError, match="adding the ingress qdisc of eth0 .*File exists") as caught:
         kernel.add_ingress(eth0)
     assert caught.value.code == errors.ALREADY_EXISTS
@@ -378,6 +379,17 @@ def test_releases_check_whose_namespace_it_is(pod, kernel):
 def test_a_refused_release_is_an_error(pod):
     with pytest.raises(NetlinkError, match="deleting the link lo"):
         netlink.delete_link(pod.path, "lo")
+
+
+def test_releases_need_neither_gevent_nor_protobuf():
+    """`delete` is a fresh interpreter that must be quick."""
+    program = """
+import sys
+from katashim.resources import releases, cgroup
+assert not [name for name in sys.modules if name.partition('.')[0] in ('gevent', 'google', 'asyncio')]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30,
+                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 # -- namespaces ---------------------------------------------------------------------------------------

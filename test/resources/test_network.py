@@ -5,13 +5,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from pod_netns import RELEASES, Guest, Namespace, Pod, stack
+from pod_netns import Guest, Namespace, Pod, stack
 
-from katashim import undo
+from katashim import config, undo
 from katashim.agent.types import ARPNeighbor, Interface, IPAddress, Route
 from katashim.errors import AlreadyExists, ConfigError, FailedPrecondition, Unsupported
 from katashim.resources import netlink, netns, network
 from katashim.resources.endpoint import check_joinable, open_vhost_net
+from katashim.resources.releases import RELEASES
 
 
 def runtime(model="tcfilter", disable_new_netns=False):
@@ -53,6 +54,13 @@ def test_host_and_guest_reach_each_other_and_nothing_stays(pod):
 
     assert pod_network.detach() == [] and pod.picture() == before
     assert pod_network.detach() == []
+
+
+def test_the_default_configuration_joins(pod):
+    settings = config.load(env={})
+    pod_network = network.Network(pod.path, settings.runtime, settings.hypervisor, stack())
+    assert len(pod_network.attach()) == 1
+    pod_network.detach()
 
 
 def test_the_tap_is_silent_until_the_guest_speaks(pod):
