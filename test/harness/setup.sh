@@ -12,7 +12,7 @@ mode=${1:-run}
 # built from source.  mmdebstrap, erofs-utils, ...: the guest image.  busybox-static: the demo's container.
 packages="containerd runc qemu-system-x86 iproute2 kmod ca-certificates
     python3 python3-venv python3-dev gcc libc6-dev
-    mmdebstrap erofs-utils e2fsprogs busybox-static"
+    mmdebstrap erofs-utils e2fsprogs lz4 zstd busybox-static"
 develop_packages="crun iputils-ping procps util-linux mount make"
 
 say() { printf '==> %s\n' "$*"; }
