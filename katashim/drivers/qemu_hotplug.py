@@ -70,7 +70,7 @@ class Hotplug:
             given = []
             try:
                 for name, fd in {**fds, **vhost_fds}.items():
-                    self._qmp.execute("getfd", fds=[fd], fdname=name)
+                    self._qmp.execute("getfd", send_fds=[fd], fdname=name)
                     given.append(name)
                 self._qmp.execute("netdev_add", **netdev)
             except QmpError:

@@ -72,10 +72,10 @@ class Qmp:
         self._connect = connect
         self._subscriptions = []
 
-    def execute(self, command, *, fds=(), timeout_s=10, **arguments):
+    def execute(self, command, *, send_fds=(), timeout_s=10, **arguments):
         """Run one QMP command and return the ``return`` member of its reply.
 
-        :param fds: descriptors to send along (``getfd``, ``add-fd``); QEMU gets copies.
+        :param send_fds: descriptors to send along (``getfd``, ``add-fd``); QEMU gets copies.
         :param timeout_s: seconds, the waiting for the turn included.
         :param arguments: the command's; those with a hyphen as ``**{"node-name": "x"}``.
         :raises QmpError: QEMU refused. :raises DeadlineExceeded: no complete reply in time.
@@ -83,7 +83,7 @@ class Qmp:
         """
         begun = time.monotonic()
         reply = self.channel.exchange(
-            command, lambda connection: connection.call(command, arguments, fds), timeout_s)
+            command, lambda connection: connection.call(command, arguments, send_fds), timeout_s)
         log.debug("QMP %s: %.1f ms", command, (time.monotonic() - begun) * 1000)
         return reply
 

@@ -255,7 +255,7 @@ def test_descriptors_travel_with_the_first_byte(scripted):
 
     qmp = scripted(negotiated(script))
     with open("/dev/null") as one, open("/dev/zero") as two:
-        qmp.execute("getfd", fds=(one.fileno(), two.fileno()), fdname="tap", timeout_s=LONG)
+        qmp.execute("getfd", send_fds=(one.fileno(), two.fileno()), fdname="tap", timeout_s=LONG)
         assert got[0][0]["arguments"] == {"fdname": "tap"}
         assert got[0][1] == [os.fstat(one.fileno()).st_ino, os.fstat(two.fileno()).st_ino]
 
@@ -310,9 +310,9 @@ def test_real_qemu_answers_refuses_and_sends_events(real):
 
 def test_real_qemu_takes_descriptors(real):
     with open("/dev/null") as null:
-        real.execute("getfd", fds=[null.fileno()], fdname="null")
+        real.execute("getfd", send_fds=[null.fileno()], fdname="null")
         real.execute("closefd", fdname="null")
-        added = real.execute("add-fd", fds=[null.fileno()], opaque="katashim:null")
+        added = real.execute("add-fd", send_fds=[null.fileno()], opaque="katashim:null")
     sets = real.execute("query-fdsets")
     assert [entry["fdset-id"] for entry in sets] == [added["fdset-id"]]
     assert sets[0]["fds"][0]["opaque"] == "katashim:null"
