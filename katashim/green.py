@@ -82,7 +82,18 @@ def in_thread(fn, *args, what, timeout_s=10):
     if _pool is None:
         _pool = ThreadPool(_THREADS)
     with deadline(timeout_s, what):
-        return _pool.spawn(fn, *args).get()
+        result, error = _pool.spawn(_outcome, fn, args).get()
+    if error is not None:
+        raise error
+    return result
+
+
+def _outcome(fn, args):
+    """Result or error as a value: gevent's pool prints the trace of every exception it sees."""
+    try:
+        return fn(*args), None
+    except Exception as exc:
+        return None, exc
 
 
 def spawn(name, fn, *args):

@@ -273,10 +273,8 @@ class Container:
         return self.sandbox.agent.StatsContainer(container_id=self.id)
 
     def _set_cpuset(self, gone=False):
-        cpu = (self.spec["linux"].get("resources") or {}).get("cpu") or {}
-        if cpu.get("cpus") or cpu.get("mems"):
-            self.sandbox.cgroup.update_cpuset(self.id, *(("", "") if gone else
-                                                         (cpu.get("cpus") or "", cpu.get("mems") or "")))
+        cpu = {} if gone else (self.spec["linux"].get("resources") or {}).get("cpu") or {}
+        self.sandbox.cgroup.update_cpuset(self.id, cpu.get("cpus") or "", cpu.get("mems") or "")
 
     # -- what happens to it -----------------------------------------------------------------------
     def process_ended(self, process):
