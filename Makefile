@@ -40,7 +40,7 @@ bench: setup  ## measurements; SPECIFICATION.md has the budgets
 
 proto:  ## compile katashim/ttrpc/proto/*.proto into descriptors.binpb
 	@test/harness/setup.sh develop
-	$(py) -m katashim.ttrpc.proto.compile
+	$(py) katashim/ttrpc/proto/compile.py
 
 lint: setup  ## ruff
 	.venv/bin/ruff check .

@@ -261,6 +261,7 @@ def _listen(path):
         listener.bind(path)
         os.chmod(path, 0o600)
         listener.listen(1)
+        os.set_blocking(listener.fileno(), True)    # a cooperative socket is not, and virtiofsd accepts once
     except OSError as exc:
         listener.close()
         raise HypervisorError(f"cannot listen at {path}: {exc.strerror}") from exc
