@@ -25,12 +25,12 @@ AGENT = section("agent", {
         number("dial_timeout_ms", 10, "Milliseconds between two of Kata's attempts to connect. katashim "
                "connects as soon as the agent listens; here it is the least for `reconnect_timeout_ms`.",
                low=1, done=True),
-        number("reconnect_timeout_ms", 3000, "Milliseconds to keep trying to reach the agent; a longer "
-               "one lengthens `boot_timeout_s`, which katashim waits in any case.", done=True),
+        number("reconnect_timeout_ms", 3000, "Milliseconds to keep trying to reach the agent. katashim "
+               "waits for the longer of this and `boot_timeout_s`.", done=True),
         number("create_container_timeout", 30, "Seconds that the agent may take to create a container, "
                "and the time limit of its other calls.", low=1, done=True),
         number("health_check_request_timeout_ms", 90000, "Milliseconds that a health check may take.",
-               low=1),
+               low=1, done=True),
         number("cdh_api_timeout_ms", 50000, "Milliseconds that the confidential data hub may take.",
                low=1, done=True, annotation=True),
     ],

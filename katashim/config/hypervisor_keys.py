@@ -143,7 +143,7 @@ HYPERVISOR = section("hypervisor", {
     ],
     "Disks": [
         flag("disable_block_device_use", "Share a container's root filesystem as a directory even when "
-             "it is on a block device.", annotation=True),
+             "it is on a block device.", done=True, annotation=True),
         choice("block_device_driver", "virtio-blk-pci", _DISK_DRIVERS, "The kind of disk that containers' "
                "volumes and root filesystems become.", synonyms=_DISK_DRIVER_SYNONYMS, annotation=True,
                done=True),

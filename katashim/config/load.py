@@ -274,10 +274,6 @@ def _fit_to_host(settings, driver, host):
     dial = settings["agent.dial_timeout_ms"].value
     if settings["agent.reconnect_timeout_ms"].where == "default" and dial > 3000:
         bound("agent.reconnect_timeout_ms", dial, "dial_timeout_ms, which is longer than the default")
-    reconnect_s = settings["agent.reconnect_timeout_ms"].value / 1000
-    if settings["hypervisor.boot_timeout_s"].where == "default" and reconnect_s > 60:
-        bound("hypervisor.boot_timeout_s", reconnect_s,
-              "reconnect_timeout_ms, which is longer than the default")
 
 
 def _add_agent_params(settings, names):

@@ -52,9 +52,9 @@ RUNTIME = section("runtime", {
         path("kubelet_root_dir", "The kubelet's directory.", default="/var/lib/kubelet"),
     ],
     "Debugging": [
-        flag("enable_debug", "Log at debug level.", done=True),
+        flag("enable_debug", "Log at debug level."),
         choice("log_level", "info", "trace debug info warn error critical", "Level of the shim's log.",
-               synonyms={"warning": "warn"}, done=True),
+               synonyms={"warning": "warn"}),
         flag("keep_abnormal", "Keep a failed sandbox for inspection."),
         flag("enable_pprof", "Go's profiler; nothing here.", annotation=True),
         flag("enable_tracing", "Make spans for Jaeger."),
