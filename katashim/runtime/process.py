@@ -147,11 +147,13 @@ class Process:
 
     def _await_outputs(self, outputs):
         """Until the last byte is with the client, or it is certain that nobody will take it."""
-        while gevent.wait(outputs, timeout=_LOOK_S, count=len(outputs)) is not None:
-            if all(output.dead for output in outputs):
-                return
-            if self._hurry.is_set() and self.stdio.unread():
-                return
+        pending = outputs
+        while pending and not self._hurry.is_set():
+            gevent.wait([*pending, self._hurry], count=1)
+            pending = [output for output in pending if not output.dead]
+        while pending and not self.stdio.unread():
+            gevent.wait(pending, timeout=_LOOK_S)
+            pending = [output for output in pending if not output.dead]
 
     def _ask_for_status(self, agent):
         try:
