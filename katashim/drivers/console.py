@@ -24,6 +24,7 @@ KEPT_BYTES = 64 * 1024
 _BURST_BYTES = 256 * 1024       # read at once, then pause: at most 12 MiB/s, in 50 bursts
 _PAUSE_S = 0.02
 _READ_BYTES = 64 * 1024
+_MARK_MAX = 64
 _LINE_MAX = 4096                # for the log; a longer line is cut
 
 # What a terminal would swallow: CSI and OSC sequences, two-byte escapes, other control bytes.
@@ -37,7 +38,7 @@ class Tail:
     :param name: what it is, for the log: "console of sandbox x".
     :param fd: readable end of a pipe or a connected socket.
     :param size: how many bytes are kept.
-    :param mark: bytes whose first appearance is timed, or None.
+    :param mark: compiled pattern of bytes, of at most 64, whose first appearance is timed, or None.
     :param log_lines: also write each line to the debug log.
     :ivar first_at: monotonic time of the first output, or None. :ivar mark_at: likewise of `mark`.
     """
@@ -108,9 +109,9 @@ class Tail:
         if self.first_at is None:
             self.first_at = now
         if self._mark is not None and self.mark_at is None:
-            if self._mark in self._overlap + piece:
+            if self._mark.search(self._overlap + piece):
                 self.mark_at = now
-            self._overlap = piece[-len(self._mark):]
+            self._overlap = (self._overlap + piece)[-_MARK_MAX:]
         self._pieces.append(piece)
         self._kept += len(piece)
         while self._kept - len(self._pieces[0]) >= self._size:

@@ -11,6 +11,7 @@ Implements katashim.drivers.base.Hypervisor; made by katashim.runtime.sandbox.
 import contextlib
 import logging
 import os
+import re
 import socket
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from katashim.errors import (
 log = logging.getLogger(__name__)
 
 AGENT_PORT = 1024
-_AGENT_MARK = b"kata-agent"         # in the first line that the guest's agent prints
+_AGENT_MARK = re.compile(rb"kata-agent|katashim agent")     # in the first line that the agent prints
 _STDERR_BYTES = 16 * 1024
 _QUIT_S = 2.0                       # for QEMU to end by itself when asked to; then it is killed
 _COMMAND_S = 10.0
