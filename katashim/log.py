@@ -165,6 +165,13 @@ class Handler(logging.Handler):
         """None: a write is one system call, and a lock that gevent patched would switch greenlets."""
         self.lock = None
 
+    def handle(self, record):
+        """As logging's, which since Python 3.13 takes the lock without looking whether there is one."""
+        wanted = self.filter(record)
+        if wanted:
+            self.emit(record if wanted is True else wanted)
+        return wanted
+
     def emit(self, record):
         """Write `record` to every sink."""
         line = self._line(record)
