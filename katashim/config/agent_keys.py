@@ -16,7 +16,7 @@ AGENT = section("agent", {
                "kernel's size.", done=True, annotation=True),
         number("launch_process_timeout", 0, "Seconds the agent waits for its helper processes to start; "
                "0 leaves its own.", done=True),
-        text("policy", "A policy (rego) for the agent to enforce.", annotation=True),
+        text("policy", "A policy (rego) for the agent to enforce.", done=True, annotation=True),
     ],
     "Reaching the agent": [
         number("server_port", 1024, "The agent's vsock port.", low=1),

@@ -52,7 +52,7 @@ RUNTIME = section("runtime", {
         path("kubelet_root_dir", "The kubelet's directory.", default="/var/lib/kubelet"),
     ],
     "Debugging": [
-        flag("enable_debug", "Log at debug level."),
+        flag("enable_debug", "Log at debug level.", done=True),
         choice("log_level", "info", "trace debug info warn error critical", "Level of the shim's log.",
                synonyms={"warning": "warn"}),
         flag("keep_abnormal", "Keep a failed sandbox for inspection."),

@@ -52,7 +52,7 @@ def main(args):
 
 def check_host(config_path=None):
     """All Findings about this host, for the configuration at `config_path` or the one in force."""
-    findings = [_root(), _memory(), _cgroups(), _tun()]
+    findings = [_root(), _memory(), _cgroups(), _tun(), _gateway()]
     try:
         config = load(config_path, env={} if config_path else None)
     except KatashimError as exc:
@@ -70,6 +70,14 @@ def _root():
         return Finding("privileges", OK, "root")
     return Finding("privileges", MISSING,
                    f"run as root, not as user {os.geteuid()}: most of this cannot be seen")
+
+
+def _gateway():
+    import netifaces
+    gateway = netifaces.gateways().get("default", {}).get(netifaces.AF_INET)
+    if gateway:
+        return Finding("network", OK, f"default gateway {gateway[0]} on {gateway[1]}")
+    return Finding("network", SLOWER, "this host has no default gateway: pods reach what their own network reaches")
 
 
 def _memory():

@@ -62,6 +62,8 @@ class Bringup:
         sandbox.vm.start(config.hypervisor.boot_timeout_s)
         sandbox.watch_vm()
         self._await_agent()
+        if config.agent.policy:
+            sandbox.agent.SetPolicy(policy=config.agent.policy)     # before anything it may forbid
         with self.timeline.phase("network"):
             self._set_up_network(nics)
         with self.timeline.phase("sandbox"):

@@ -85,6 +85,8 @@ class Shim:
         with self.timeline.phase("config"):
             settled = cpumem.sized(
                 config.load(settings.config_path or None, annotations=oci.annotations(spec)), spec)
+        if settled.runtime.enable_debug:
+            logging.getLogger("katashim").setLevel(logging.DEBUG)
         sandbox = Sandbox(self, settled, spec, settings.bundle)
         self.sandbox = sandbox
         try:
