@@ -1,6 +1,96 @@
-"""The harness is imported as ``harness`` from test/."""
+"""What the end-to-end tests share: the real containerd, the real VM, and a look at what is left.
 
+Fixtures compose: `daemon` (one containerd for a module) -> `pod` (one VM in it, for tests that need no VM
+of their own) -> `name` (ids that are nobody else's). After every test all that it made is removed, and
+the machine is compared with what it was before.
+"""
+
+import itertools
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+for place in (os.path.dirname(HERE), HERE):
+    if place not in sys.path:
+        sys.path.insert(0, place)
+
+from harness import leaks  # noqa: E402
+from harness.containerd import Containerd  # noqa: E402
+from pods import Pod, configuration  # noqa: E402
+
+# In the names of all that these tests make, so that others may work on the machine at the same time.
+WORD = f"e2e{os.getpid()}"
+_numbers = itertools.count()
+
+
+def fresh_name(role="c"):
+    """An id that no other container has or had."""
+    return f"{WORD}-{role}{next(_numbers)}"
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    """A containerd with the busybox image, whose shims take ``daemon.config_path`` as configuration."""
+    running = Containerd(config=configuration())
+    # The sockets' names are hashes; in a directory of our own they can be told from other people's.
+    running.env["KATASHIM_SOCKET_DIR"] = os.path.join(running.directory, "s")
+    before = leaks.snapshot(scope=(WORD, running.directory))
+    with running:
+        running.import_busybox()
+        yield running
+    leaks.check(before)
+
+
+@pytest.fixture(scope="module")
+def pod(daemon):
+    """A :class:`Pod` that lives as long as the module's containerd."""
+    with Pod(daemon, fresh_name("pod")) as pod:
+        yield pod
+
+
+@pytest.fixture
+def name():
+    """A function that makes ids."""
+    return fresh_name
+
+
+@pytest.fixture
+def configured(daemon):
+    """``configured(boot_timeout_s=5)``: the configuration of VMs that start during this test."""
+    def write(**settings):
+        with open(daemon.config_path, "w") as file:
+            file.write(configuration(**settings))
+    yield write
+    write()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """Removes what a test made, and fails it when something stays."""
+    if "daemon" not in request.fixturenames:
+        yield
+        return
+    daemon = request.getfixturevalue("daemon")
+    if "pod" in request.fixturenames:
+        request.getfixturevalue("pod")          # it is there before and after
+    kept = _containers(daemon)
+    before = leaks.snapshot(scope=(WORD, daemon.directory), directories=daemon.traces())
+    yield
+    for made in sorted(_containers(daemon) - kept, key=_members_first(daemon)):
+        daemon.ctr("task", "kill", "-s", "SIGKILL", "-a", made, check=False)
+        daemon.ctr("task", "rm", "-f", made, check=False)
+        daemon.ctr("container", "rm", made, check=False)
+    leaks.check(before)
+
+
+def _containers(daemon):
+    return set(daemon.ctr("container", "ls", "-q").out.split())
+
+
+def _members_first(daemon):
+    """A sort key: a pod's sandbox goes last, with its VM."""
+    def key(container):
+        return os.path.isdir(f"/run/kata/{container}")
+    return key

@@ -2,7 +2,8 @@
 
 Each step is printed with the time it took. The last line is ``leaks: none``, from a comparison of the
 machine with what it was before. Anything unexpected ends it with status 1 and says what; Ctrl-C ends
-it with status 130. In every case it cleans up.
+it with status 130. In every case it cleans up. KATASHIM_DEMO_CONFIG may hold more lines of katashim's
+configuration.
 """
 
 import contextlib
@@ -206,7 +207,7 @@ def main():
         return 1
     signal.signal(signal.SIGTERM, _interrupt)
     before = leaks.snapshot()
-    daemon = Containerd(config=_CONFIG)
+    daemon = Containerd(config=_CONFIG + os.environ.get("KATASHIM_DEMO_CONFIG", ""))
     status = 0
     try:
         Demo(daemon).run()

@@ -28,8 +28,10 @@ _NAMED = re.compile(r"kata-vsock-.*")       # below /run itself
 # Groups of the machine's own services come and go by themselves.
 _SERVICE = re.compile(r"\.(service|scope|slice|mount|socket)(/|$)")
 _OURS = re.compile(r"kata|containerd|ctr")
-# What containerd and runc make for a namespace of containers, at its first container, they never remove.
-_NAMESPACE = re.compile(r"((/[^/]+)?|.*/io\.containerd\.runtime\.v2\.task)/(default|k8s\.io|moby)")
+# Places that the first container makes and no container removes: what containerd and runc have for a
+# namespace of containers, and the well-known directory of Kata's shared filesystems.
+_PLACE = re.compile(r"((/[^/]+)?|.*/io\.containerd\.runtime\.v2\.task)/(default|k8s\.io|moby)"
+                    r"|/run/kata-containers/shared(/sandboxes)?")
 
 
 class LeakError(AssertionError):
@@ -148,14 +150,14 @@ def _files(directories):
     for top in {os.path.realpath(directory) for directory in directories}:
         for place, below, files in os.walk(top):
             found.update(os.path.join(place, name) for name in (*below, *files))
-    return {path for path in found if not _NAMESPACE.fullmatch(path)}
+    return {path for path in found if not _PLACE.fullmatch(path)}
 
 
 def _cgroups():
     found = set()
     for place, _, _ in os.walk("/sys/fs/cgroup"):
         path = place[len("/sys/fs/cgroup"):]
-        if not _NAMESPACE.fullmatch(path) and (not _SERVICE.search(path) or _OURS.search(path)):
+        if not _PLACE.fullmatch(path) and (not _SERVICE.search(path) or _OURS.search(path)):
             found.add(path)
     return found
 

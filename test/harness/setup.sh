@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make this machine ready: `setup.sh run` for the demo, `setup.sh develop` for the tests too, and
-# `setup.sh packages` for neither, only the Debian packages that katashim runs on.
+# Make this machine ready: `setup.sh run` for the demo, `setup.sh develop` for the tests too. Parts of it:
+# `setup.sh packages` (Debian's only) and `setup.sh environment` (all but the guest image).
 # Debian packages that are missing, the virtual environment .venv, the guest image. Says what it does;
 # what is there already is used, so the second run takes seconds. Called by the Makefile.
 set -eu
@@ -49,21 +49,20 @@ find_python() {
 
 make_environment() {
     requirements=requirements.txt
-    [ "$mode" = run ] || requirements=requirements-dev.txt
+    [ "$mode" != develop ] || requirements=requirements-dev.txt
     find_python
     # What the environment was made from. The one for development serves to run, too.
     recipe="$("$python" --version) $(cat requirements.txt | sha256sum)"
     developing="$recipe $(cat requirements-dev.txt | sha256sum)"
     wanted=$recipe
-    [ "$mode" = run ] || wanted=$developing
+    [ "$mode" != develop ] || wanted=$developing
     made=$(cat .venv/katashim-recipe 2>/dev/null || true)
     if [ "$made" = "$wanted" ] || [ "$made" = "$developing" ]; then
         return 0
     fi
     if ! is_new_enough .venv/bin/python; then
         say "making the virtual environment .venv with $("$python" --version)"
-        rm -rf .venv
-        "$python" -m venv .venv
+        "$python" -m venv --clear .venv
     fi
     say "installing the Python packages of $requirements"
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r "$requirements"
@@ -75,9 +74,9 @@ make_guest() {
 }
 
 case $mode in
-    run|packages) ;;
+    run|packages|environment) ;;
     develop) packages="$packages $develop_packages" ;;
-    *) die "the mode is run, develop or packages, not $mode" ;;
+    *) die "the mode is run, develop, packages or environment, not $mode" ;;
 esac
 if command -v dpkg-query >/dev/null; then
     # Debian 12 has QEMU's virtiofsd in qemu-system-common; later it is a package of its own.
@@ -92,4 +91,5 @@ else
 fi
 [ "$mode" != packages ] || exit 0
 make_environment
+[ "$mode" != environment ] || exit 0
 make_guest
