@@ -96,6 +96,7 @@ def unpack_base(packages_layer, directory):
     for directory_path in glob.glob(os.path.join(tree, f"usr/lib/{PYTHON}", "**", "__pycache__"), recursive=True):
         _remove(directory_path)
     _link_busybox(tree)
+    _link_iptables(tree)
     compile_python(tree, f"/usr/lib/{PYTHON}")
 
 
@@ -181,6 +182,13 @@ def _link_busybox(tree):
     for name in names.stdout.split():
         if name not in taken and name not in ("init", "linuxrc", "reboot", "halt", "poweroff"):
             os.symlink("/bin/busybox", os.path.join(tree, "bin", name))
+
+
+def _link_iptables(tree):
+    """The names that Debian makes with update-alternatives, which has not run."""
+    for family in ("iptables", "ip6tables"):
+        for suffix in ("", "-save", "-restore"):
+            os.symlink("xtables-nft-multi", os.path.join(tree, "usr/sbin", family + suffix))
 
 
 def _remove(path):

@@ -35,7 +35,7 @@ class Message:
 
     NAME = ""
     FIELDS = ()         # in the order of their numbers
-    BY_NUMBER, DEFAULTS = {}, {}    # noqa: RUF012  of each type its own; none ever changes
+    BY_NUMBER, DEFAULTS = {}, {}
 
     def __init__(self, **fields):
         for name in fields:

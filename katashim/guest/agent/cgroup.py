@@ -64,6 +64,14 @@ class Cgroup:
         except FileNotFoundError:
             pass        # gone already
 
+    def widen_cpus(self, cpus):
+        """Let it run on the CPUs of the list `cpus` ("0-3"), new ones too. cgroup2 does so by itself."""
+        if not self._unified:
+            path = f"{ROOT}/cpuset"
+            for name in self.path.strip("/").split("/"):
+                path = f"{path}/{name}"
+                _write(f"{path}/cpuset.cpus", cpus)
+
     def pids(self):
         """The processes in it, without those of cgroups below it."""
         return [int(line) for line in _read(f"{self.directory('pids')}/cgroup.procs").split()]

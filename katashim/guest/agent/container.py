@@ -5,10 +5,9 @@ are not, so nothing that waits for a process holds up anything else. Called by s
 """
 
 import os
-import shutil
 import threading
 
-from katashim.guest.agent import cgroup, crun, enter, jsontext, linux, log, spec
+from katashim.guest.agent import cgroup, crun, devices, enter, jsontext, linux, log, mounts, spec
 from katashim.guest.agent.process import Process, Stdio
 from katashim.guest.agent.rpcerror import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RpcError
 
@@ -39,13 +38,15 @@ class Container:
         self._processes = {}                # exec id -> Process; the init's is the container's
         self._starting = set()              # exec ids that are being started
 
-    def create(self, message, sandbox, pid_namespace, pipe_size):
+    def create(self, request, sandbox, pid_namespace):
         """Set the container up to the point before its program runs.
 
-        :param message: the ``grpc.Spec``, with guest paths.
+        :param request: the ``grpc.CreateContainerRequest``; its storages are mounted.
+        :param sandbox: the sandbox.Sandbox. :param pid_namespace: path of the one to join, "" for its own.
         :raises RpcError: it cannot be; what was made of it is gone again.
         """
-        oci = spec.to_oci(message)
+        oci = spec.to_oci(request.OCI)
+        devices.add_to_spec(oci, request.devices, sandbox.settings.hotplug_timeout)
         root = oci["root"]["path"]
         try:
             self._bind_root(root)
@@ -53,7 +54,7 @@ class Container:
                        unified_cgroups=cgroup.is_unified())
             with open(f"{self.bundle}/config.json", "w") as file:
                 file.write(jsontext.dumps(oci))
-            self._start_init(oci, pipe_size)
+            self._start_init(oci, sandbox.settings.container_pipe_size)
         except BaseException:
             self._clean_up()
             raise
@@ -198,16 +199,11 @@ class Container:
 
     def _clean_up(self):
         """Remove what create made; every step is tried."""
-        for step in (lambda: crun.delete(self.id), self._unmount_root, lambda: shutil.rmtree(self.bundle)):
+        for step in (lambda: crun.delete(self.id), lambda: mounts.remove_tree(self.bundle)):
             try:
                 step()
             except (OSError, RpcError) as exc:
                 log.warning("container", f"removing {self.id}: {exc}")
-
-    def _unmount_root(self):
-        # All mounts on it: the bind of its root, or the storage that was put there.
-        while os.path.ismount(self.rootfs):
-            linux.umount(self.rootfs, linux.MNT_DETACH)
 
 
 def _handles(pid, signal):

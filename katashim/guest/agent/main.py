@@ -11,7 +11,6 @@ import threading
 
 from katashim.guest.agent import linux, log
 
-
 _LAST_ANSWERS_S = 0.3
 
 
@@ -57,8 +56,9 @@ def _run(init):
 
 
 def _finish_boot(boot, chosen):
-    from katashim.guest.agent import console, modules
+    from katashim.guest.agent import console, modules, uevents
     try:
+        uevents.start()
         modules.load_present()
         boot.set_host_name()
         boot.loopback_up()

@@ -4,14 +4,14 @@ Called by services.py.
 """
 
 import os
-import shutil
 import threading
 from _queue import SimpleQueue
 from _socket import sethostname
 
-from katashim.guest.agent import cgroup, linux
+from katashim.guest.agent import cgroup, linux, mounts
 from katashim.guest.agent.container import BASE_DIR, Container
 from katashim.guest.agent.rpcerror import INTERNAL, RpcError, invalid_container_id
+from katashim.guest.agent.storage import Storages
 
 _NAMESPACE_DIR = "/var/run/sandbox-ns"
 _NAMESPACES = {"ipc": linux.CLONE_NEWIPC, "uts": linux.CLONE_NEWUTS}
@@ -34,17 +34,20 @@ class Sandbox:
         self._pid_namespace = ""
         self._oom_events = SimpleQueue()
         self._oom_watch = cgroup.OomWatch(self._oom_events.put)
+        self._storages = Storages(settings.hotplug_timeout)
         self._destroyed = False
 
     # -- the pod ----------------------------------------------------------------------------------
     def set_up(self, request):
-        """Start anew with what CreateSandbox says, without its storages."""
-        if os.path.isdir(BASE_DIR):
-            shutil.rmtree(BASE_DIR)
+        """Start anew with what CreateSandbox says."""
+        mounts.remove_tree(BASE_DIR)
         os.makedirs(BASE_DIR)
         self.id, self.hostname = request.sandbox_id, request.hostname
         for kind in _NAMESPACES:
             self._namespaces[kind] = _persistent_namespace(kind, self.hostname)
+        for module in request.kernel_modules:
+            _load_module(module)
+        self._storages.add(request.storages, "")
         if request.dns:
             _write_resolv_conf(request.dns)
 
@@ -85,28 +88,33 @@ class Sandbox:
         with self._lock:
             return list(self._containers.values())
 
-    def create_container(self, cid, message, shared_pid_namespace):
-        """Make a container. :param message: the ``grpc.Spec``.
+    def create_container(self, request):
+        """Make a container. :param request: the ``grpc.CreateContainerRequest``.
 
         :raises RpcError: the id is taken, or it cannot be made.
         """
+        cid = request.container_id
         with self._creating:
             with self._lock:
                 if cid in self._containers:
                     raise RpcError(INTERNAL, f"container {cid} exists already")
                 others = bool(self._containers)
             namespace = ""
-            if shared_pid_namespace:
+            if request.sandbox_pidns:
                 namespace = self._pid_namespace
                 if others and not namespace:
                     raise RpcError(INTERNAL, "Sandbox does not have sandbox_pidns")
             container = Container(cid)
-            container.create(message, self, namespace, self.settings.container_pipe_size)
+            container.storages = self._storages.add(request.storages, cid)
+            try:
+                container.create(request, self, namespace)
+            except BaseException:
+                self._storages.release(container.storages)
+                raise
             with self._lock:
                 self._containers[cid] = container
                 if not self._pid_namespace:
                     self._pid_namespace = f"/proc/{container.init_pid()}/ns/pid"
-        return container
 
     def start_container(self, cid):
         """Run a container's program, and watch its memory unless it is the pod's own."""
@@ -120,8 +128,16 @@ class Sandbox:
         container = self.container(cid)
         self._oom_watch.forget(cid)
         container.remove()
+        self._storages.release(container.storages)
         with self._lock:
             self._containers.pop(cid, None)
+
+
+def _load_module(module):
+    from katashim.guest.agent import programs
+    done = programs.run(["/sbin/modprobe", "-v", module.name, *module.parameters], timeout_s=30)
+    if done.status != 0:
+        raise RpcError(INTERNAL, f"load_kernel_module return code: {done.status} {done.text()}")
 
 
 def _persistent_namespace(kind, hostname):
