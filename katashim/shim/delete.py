@@ -140,7 +140,8 @@ def _in_child(seconds, work, *args):
     waits until the last of them is closed.
     """
     ours, theirs = os.pipe()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         _be_child(theirs, work, args)
     os.close(theirs)
     text, end = b"", time.monotonic() + seconds
@@ -149,6 +150,7 @@ def _in_child(seconds, work, *args):
             return text + b"not finished yet: goes on in the background\n"
         chunk = os.read(ours, 65536)
         if not chunk:
+            os.waitpid(pid, 0)
             return text
         text += chunk
 
