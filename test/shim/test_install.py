@@ -48,4 +48,4 @@ def test_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize("name", install.PROGRAMS)
 def test_to_python_the_part_for_sh_is_a_string(name):
     with open(os.path.join(ROOT, "bin", name)) as file:
-        compile(file.read(), path, "exec")
+        compile(file.read(), name, "exec")
