@@ -7,7 +7,9 @@ the machine is compared with what it was before.
 
 import itertools
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -16,9 +18,10 @@ for place in (os.path.dirname(HERE), HERE):
     if place not in sys.path:
         sys.path.insert(0, place)
 
-from harness import leaks  # noqa: E402
-from harness.containerd import Containerd  # noqa: E402
-from pods import Pod, configuration  # noqa: E402
+from direct import DirectShim
+from harness import leaks
+from harness.containerd import Containerd
+from pods import Pod, configuration
 
 # In the names of all that these tests make, so that others may work on the machine at the same time.
 WORD = f"e2e{os.getpid()}"
@@ -94,3 +97,22 @@ def _members_first(daemon):
     def key(container):
         return os.path.isdir(f"/run/kata/{container}")
     return key
+
+
+@pytest.fixture(scope="module")
+def shims(tmp_path_factory):
+    """``shims("x", spec)``: a :class:`DirectShim` of a fresh id, to be entered; nothing of it may stay."""
+    directory = tempfile.mkdtemp(prefix="e2e-", dir="/run")
+    config = os.path.join(directory, "katashim.conf")
+    before = leaks.snapshot(scope=(WORD, directory), directories=[directory + "/s"])
+
+    def make(role, spec, env=None, **settings):
+        with open(config, "w") as file:
+            file.write(configuration(**settings))
+        environment = {**os.environ, "KATA_CONF_FILE": config, "KATASHIM_SOCKET_DIR": f"{directory}/s",
+                       "KATASHIM_LOG": f"{directory}/log", "TTRPC_ADDRESS": "", **(env or {})}
+        return DirectShim(directory, fresh_name(role), spec, environment)
+    make.log = f"{directory}/log"
+    yield make
+    leaks.check(before)
+    shutil.rmtree(directory)

@@ -7,8 +7,11 @@ import json
 import os
 import time
 
+import configobj
 import gevent
 from gevent.socket import AF_UNIX, socket
+from harness import image
+from harness.containerd import KATASHIM, REPOSITORY
 
 from katashim import child, undo
 from katashim.ttrpc import proto
@@ -21,12 +24,15 @@ _CALL_S = 60
 FOREVER = ("sleep", "100000")
 
 
-def configuration(agent=None, **hypervisor):
-    """The text of a configuration: the shipped defaults, the guest of these tests, and some settings."""
-    settings = {**{key: f"{GUEST}/{name}" for key, name in _GUEST_FILES.items()}, **hypervisor}
-    lines = ["[hypervisor]", "[[qemu]]", *(f"{key} = {value}" for key, value in settings.items())]
-    lines += ["[agent]", "[[kata]]", *(f"{key} = {value}" for key, value in (agent or {}).items())]
-    return "\n".join(lines) + "\n"
+def configuration(agent=None, runtime=None, **hypervisor):
+    """The text of a configuration: the shipped one, with the guest of these tests and some settings."""
+    with open(f"{REPOSITORY}/defaults/qemu.conf") as file:
+        shipped = configobj.ConfigObj(file.read().split("\n"), interpolation=False)
+    guest = {key: f"{GUEST}/{name}" for key, name in _GUEST_FILES.items()}
+    shipped["hypervisor"]["qemu"].update({**guest, **hypervisor})
+    shipped["agent"]["kata"].update(agent or {})
+    shipped["runtime"].update(runtime or {})
+    return "\n".join(shipped.write()) + "\n"
 
 
 def wait_for(look, what, deadline_s=30):
@@ -71,8 +77,6 @@ class Pod:
 
     def terminal(self, name, *command, options=(), **size):
         """``ctr run -t`` a member on a terminal."""
-        from harness import image
-        from harness.containerd import KATASHIM
         return self.daemon.terminal("run", "--rm", "-t", *options, *self._marks("container"), "--runtime",
                                     KATASHIM, image.NAME, name, *command, **size)
 
