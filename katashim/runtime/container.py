@@ -123,7 +123,6 @@ class Container:
                 self.sandbox.publish(events.start(self))
             finally:
                 process.announced.set()
-        self.sandbox.record()
 
     def delete(self):
         """Remove it, in the guest and on the host. One that was never started is killed first.

@@ -109,6 +109,7 @@ class Shim:
         if process is container.init:
             with self.timeline.phase("start"):
                 container.start()
+            self.sandbox.record()
         else:
             container.start_exec(process)
         return process

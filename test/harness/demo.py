@@ -101,7 +101,8 @@ class Demo:
             for name in ("demo-member-1", "demo-member-2"):
                 self._run_in_pod(name, _MEMBER)
             boots = {self._boot_id(name) for name in ("demo-pod", "demo-member-1", "demo-member-2")}
-            new = [thing for thing in leaks.compare(before) if thing.startswith("process")]
+            new = [thing for thing in leaks.compare(before)
+                   if thing.startswith("process") and "demo-" in thing]
             vms = sum("qemu-system" in thing for thing in new)
             shims = sum("containerd-shim-katashim-v2" in thing for thing in new)
             details.append(f"three containers, {shims} shim, {vms} virtual machine")
