@@ -203,7 +203,7 @@ def _row(key):
     notes = []
     if key.ours:
         notes.append("katashim's own")
-    if key.section == "hypervisor" and len(key.drivers) < len(kinds.DRIVERS):
+    if key.section == "hypervisor" and len(key.drivers) < len(kinds.DRIVER_LETTERS):
         notes.append("for " + ", ".join(kinds.DRIVER_LETTERS[letter] for letter in key.drivers))
     if key.annotation:
         notes.append("annotation" + ("" if key.annotation == key.name else f" `{key.annotation}`"))

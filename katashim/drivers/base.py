@@ -170,6 +170,12 @@ class Hypervisor(abc.ABC):
         """Set the guest's memory in MiB (rounded up to the guest's block); returns the size in force."""
         raise self.unsupported("changing the memory of a running VM")
 
+    def set_memory_block_mb(self, size_mb):
+        """Take note of the guest's memory block size in MiB, as its agent reports it.
+
+        For drivers that plug memory: what they plug is a multiple of it.
+        """
+
     # -- facts ------------------------------------------------------------------------------------
     @abc.abstractmethod
     def agent_address(self):

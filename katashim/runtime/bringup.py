@@ -21,7 +21,7 @@ from katashim.resources.sharefs import ShareFs
 log = logging.getLogger(__name__)
 
 # Kata's name of a hypervisor -> module and class of its driver.
-DRIVERS = {"qemu": ("katashim.drivers.qemu", "Qemu")}
+DRIVERS = {"qemu": ("katashim.drivers.qemu", "Qemu"), "fake": ("katashim.drivers.fake", "Fake")}
 
 _INTERFACE_TRIES = 10       # the guest may need a moment to see a card (runtime-rs: 10 x 100 ms)
 _INTERFACE_WAIT_S = 0.1
