@@ -58,6 +58,7 @@ def _run(init):
 def _finish_boot(boot, chosen):
     from katashim.guest.agent import console, modules, uevents
     try:
+        boot.hurry_rcu()
         uevents.start()
         modules.load_present()
         boot.set_host_name()
