@@ -45,8 +45,10 @@ def _run(listener_fd, settings):
 def _serve(listener_fd, settings):
     import gc
     import logging
+    import signal
     import socket
 
+    from katashim import green
     from katashim.runtime.shim import Shim
     from katashim.services.events import Publisher
     from katashim.services.task import TaskService
@@ -62,6 +64,8 @@ def _serve(listener_fd, settings):
                     name="containerd")
     server.start()
     Reaper().start()
+    signal.signal(signal.SIGINT, lambda number, frame: green.spawn(     # Ctrl-C in the foreground
+        "interrupt", shim.shutdown, settings.id, True))
     gc.freeze()                     # what is loaded stays: the collector need not walk it ever again
     gc.enable()
     log.info("serving %s", settings.address, extra={"bundle": settings.bundle})
@@ -80,17 +84,23 @@ def _start_logging(settings):
     import stat
 
     from katashim import log
-    sinks = []
+    sinks, problem = [], None
     fifo = os.path.join(settings.bundle, "log")
     if os.path.exists(fifo) and stat.S_ISFIFO(os.stat(fifo).st_mode):
         sinks.append(log.open_fifo(fifo))
-    if os.environ.get("KATASHIM_LOG"):
-        sinks.append(log.open_named(os.environ["KATASHIM_LOG"]))
-    elif settings.foreground:
+    try:
+        if os.environ.get("KATASHIM_LOG"):
+            sinks.append(log.open_named(os.environ["KATASHIM_LOG"]))
+    except OSError as exc:              # no reason to run no pods
+        problem = exc
+    if settings.foreground and not os.environ.get("KATASHIM_LOG"):
         sinks.append(log.open_stderr())
     log.setup(sinks, logging.DEBUG if settings.debug else logging.INFO, sandbox=settings.id)
+    logger = logging.getLogger(__name__)
+    if problem is not None:
+        logger.warning("cannot log to $KATASHIM_LOG: %s", problem)
     if not settings.foreground:
-        sys.stderr = log.LineStream(logging.getLogger(__name__))
+        sys.stderr = log.LineStream(logger)
 
 
 def _last_words(settings):

@@ -150,7 +150,7 @@ def _be_daemon(listener, settings):
 def _record(bundle, name, text):
     """Replace the file `name` in the bundle, whole and atomically."""
     path = f"{bundle}/{name}"
-    fresh = f"{bundle}/.{name}"
+    fresh = f"{bundle}/.{name}.{posix.getpid()}"
     try:
         fd = posix.open(fresh, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC, 0o644)
         try:
