@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -44,7 +45,8 @@ class Shims:
 
     def run(self, bundle, *words, stdin=b"", environment=None):
         """Run the program in `bundle` with `words`; returns the subprocess.CompletedProcess."""
-        env = {"PATH": os.environ["PATH"], "KATASHIM_SOCKET_DIR": self.socket_dir, **(environment or {})}
+        env = {"PATH": os.environ["PATH"], "KATASHIM_SOCKET_DIR": self.socket_dir,
+               "KATASHIM_PYTHON": sys.executable, **(environment or {})}
         env = {key: value for key, value in env.items() if value is not None}
         done = subprocess.run([PROGRAM, *words], cwd=bundle, env=env, input=stdin, capture_output=True,
                               timeout=30, check=False)
