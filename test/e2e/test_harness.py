@@ -22,7 +22,7 @@ WORD = f"leaktest{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
-def daemon():
+def runc_daemon():
     with Containerd() as running:
         running.import_busybox()
         yield running
@@ -50,19 +50,19 @@ def test_the_image_is_the_same_each_time(tmp_path):
 
 
 @needs_runc
-def test_a_container_runs_and_its_exit_status_is_seen(daemon):
-    result = daemon.run(f"{WORD}-a", "/bin/sh", "-c", "echo out; echo err >&2; exit 7",
+def test_a_container_runs_and_its_exit_status_is_seen(runc_daemon):
+    result = runc_daemon.run(f"{WORD}-a", "/bin/sh", "-c", "echo out; echo err >&2; exit 7",
                         options=["--rm"], runtime=RUNC, code=7)
     assert (result.out, result.err) == ("out\n", "err\n")
     with pytest.raises(Failed, match="ended with 3"):
-        daemon.run(f"{WORD}-b", "/bin/sh", "-c", "exit 3", options=["--rm"], runtime=RUNC)
+        runc_daemon.run(f"{WORD}-b", "/bin/sh", "-c", "exit 3", options=["--rm"], runtime=RUNC)
 
 
 @needs_runc
-def test_input_and_a_terminal(daemon):
-    echo = daemon.run(f"{WORD}-c", "head", "-c", "9", options=["--rm"], runtime=RUNC, stdin=b"passed on")
+def test_input_and_a_terminal(runc_daemon):
+    echo = runc_daemon.run(f"{WORD}-c", "head", "-c", "9", options=["--rm"], runtime=RUNC, stdin=b"passed on")
     assert echo.out == "passed on"
-    with daemon.terminal("run", "--rm", "-t", "--runtime", RUNC, image.NAME, f"{WORD}-d", "sh", "-c",
+    with runc_daemon.terminal("run", "--rm", "-t", "--runtime", RUNC, image.NAME, f"{WORD}-d", "sh", "-c",
                          f"{PRINT_SIZE}; read x; echo got $x; exit 5", rows=33, columns=99) as terminal:
         terminal.read_until(b"33 99")
         terminal.send(b"it\n")
@@ -71,25 +71,25 @@ def test_input_and_a_terminal(daemon):
 
 
 @needs_runc
-def test_ctr_that_hangs_is_killed(daemon):
+def test_ctr_that_hangs_is_killed(runc_daemon):
     with pytest.raises(Failed, match=r"no end within 0\.5 s"):
-        daemon.run(f"{WORD}-e", "sleep", "60", options=["--rm"], runtime=RUNC, timeout_s=0.5)
-    assert daemon.remove_all() == [f"{WORD}-e"]
+        runc_daemon.run(f"{WORD}-e", "sleep", "60", options=["--rm"], runtime=RUNC, timeout_s=0.5)
+    assert runc_daemon.remove_all() == [f"{WORD}-e"]
 
 
 @needs_runc
-def test_containers_outlive_containerd(daemon):
-    daemon.run(f"{WORD}-f", "sleep", "1000", options=["-d"], runtime=RUNC)
-    pid, status = daemon.tasks()[f"{WORD}-f"]
+def test_containers_outlive_containerd(runc_daemon):
+    runc_daemon.run(f"{WORD}-f", "sleep", "1000", options=["-d"], runtime=RUNC)
+    pid, status = runc_daemon.tasks()[f"{WORD}-f"]
     assert status == "RUNNING"
-    daemon.kill9()
-    daemon.start()
-    assert daemon.tasks()[f"{WORD}-f"] == (pid, "RUNNING")
-    daemon.restart()
-    daemon.ctr("task", "kill", "-s", "KILL", f"{WORD}-f")
-    daemon.wait_status(f"{WORD}-f", "STOPPED")
-    daemon.remove_all()
-    assert daemon.tasks() == {}
+    runc_daemon.kill9()
+    runc_daemon.start()
+    assert runc_daemon.tasks()[f"{WORD}-f"] == (pid, "RUNNING")
+    runc_daemon.restart()
+    runc_daemon.ctr("task", "kill", "-s", "KILL", f"{WORD}-f")
+    runc_daemon.wait_status(f"{WORD}-f", "STOPPED")
+    runc_daemon.remove_all()
+    assert runc_daemon.tasks() == {}
 
 
 @needs_runc

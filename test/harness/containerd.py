@@ -260,11 +260,15 @@ disabled_plugins = [{disabled}]
 
     def run(self, name, *command, options=(), runtime=KATASHIM, image_name=image.NAME, **how):
         """``ctr run`` of `command` in a container called `name`; `how` goes to :meth:`ctr`."""
-        return self.ctr("run", *options, "--runtime", runtime, image_name, name, *command, **how)
+        return self.ctr(*self._run_words(options, runtime), image_name, name, *command, **how)
 
     def start_run(self, name, *command, options=(), runtime=KATASHIM, image_name=image.NAME, stdin=False):
         """The same without waiting for its end; returns :class:`Running`."""
-        return self.start_ctr("run", *options, "--runtime", runtime, image_name, name, *command, stdin=stdin)
+        return self.start_ctr(*self._run_words(options, runtime), image_name, name, *command, stdin=stdin)
+
+    def _run_words(self, options, runtime):
+        # A ctr that is killed leaves its FIFOs behind; in this place close() removes them.
+        return "run", *options, "--fifo-dir", os.path.join(self.directory, "fifo"), "--runtime", runtime
 
     def wait_status(self, name, wanted, timeout_s=_CTR_S):
         """Wait until the task of a container is `wanted`, such as "RUNNING".
