@@ -235,9 +235,9 @@ def _start_builtin(place, undo):
     """Our own: it inherits sockets that listen already, so the VMM need not wait for it to start."""
     chardev_path, hybrid_path = os.path.join(place, _CHARDEV_NAME), os.path.join(place, _HYBRID_NAME)
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vhost_user_vsock", "__main__.py")
-    held, life = os.pipe()
-    undo.call("the vsock backend's life line", os.close, life)
     with _listen(chardev_path, undo) as chardev, _listen(hybrid_path, undo) as hybrid:
+        held, life = os.pipe()
+        undo.call("the vsock backend's life line", os.close, life)
         fds = chardev.fileno(), hybrid.fileno()
         argv = [sys.executable, "-IS", program, "--guest-cid", str(_GUEST_CID),
                 "--socket", chardev_path, "--uds-path", hybrid_path,
