@@ -25,6 +25,7 @@ from katashim.drivers.qemu_plan import make_plan
 from katashim.drivers.vsock import open_vsock
 from katashim.errors import (
     AlreadyExists,
+    ConnectionClosed,
     DeadlineExceeded,
     FailedPrecondition,
     HypervisorError,
@@ -48,13 +49,15 @@ _HOT = frozenset({base.BLOCK_HOTPLUG, base.BLOCK_UNPLUG, base.NET_HOTPLUG, base.
 class _Attached:
     """A disk or card of this VM, and QEMU's names for it."""
 
-    def __init__(self, number, device, place, index=0):
+    def __init__(self, number, device, place, *, scsi=False, index=0):
         kind = "disk" if isinstance(device, base.Disk) else "nic"
+        self.scsi = scsi
         self.asked_for = device             # as the caller gave it
         self.device = device                # with its guest address
         self.place, self.index = place, index
         self.backend_id = f"{kind}{number}"             # block node or netdev
         self.device_id = f"{kind}{number}-device"
+        self.arguments = None               # of the command line, when it is present at boot
         self.settled = False                # whether QEMU is known to have it
         self.busy = False                   # being plugged or unplugged
 
@@ -92,7 +95,7 @@ class Qemu(base.Hypervisor):
         self._netns, self._timeline = netns, timeline
         self._vsock = self._slots = self._child = self._qmp = self._hotplug = self._stderr = None
         self._entries = []                  # on the undo stack, released by stop()
-        self._cold = []                     # arguments of the devices present at boot, in order
+        self._cold = []                     # lists of arguments: the devices present at boot, in order
         self._pass_fds = []
         self._attached = {}                 # (record type, its id): _Attached
         self._numbers = 0
@@ -108,7 +111,7 @@ class Qemu(base.Hypervisor):
         if not self.plan.hotplug:
             self.capabilities = _COLD
         self._slots = qemu_devices.Slots(self.plan.pci, self.plan.bridges)
-        self._cold += qemu_cmdline.system_devices(self.plan, self._slots)
+        self._cold.append(qemu_cmdline.system_devices(self.plan, self._slots))
         self._vsock = open_vsock(self.sandbox_id, self.run_dir, self._settings, self._undo)
         self._add_vsock()
         if self.plan.image:
@@ -171,21 +174,14 @@ class Qemu(base.Hypervisor):
     def remove_device(self, device):
         if not isinstance(device, (base.Disk, base.Nic)):
             raise self.unsupported(f"removing devices of the kind {type(device).__name__}")
-        key = type(device), device.id
-        attached = self._attached.get(key)
+        attached = self._attached.get((type(device), device.id))
         if attached is None:
             return
-        if self._hotplug is None:
-            raise FailedPrecondition(f"{device.id} cannot be taken from a VM that has not been started")
-        if not self.plan.hotplug:
-            raise self.unsupported(f"unplugging on the machine type {self.plan.machine}")
-        with self._busy(attached):
-            if isinstance(device, base.Disk):
-                self._hotplug.remove_disk(attached.backend_id, attached.device_id)
-            else:
-                self._hotplug.remove_nic(attached.backend_id, attached.device_id)
-        del self._attached[key]
-        self._slots.release(attached.place)
+        if self._child is None:
+            self._withdraw(attached)
+        elif not self._has_ended():             # else it is gone with the VM
+            self._unplug(attached)
+        self._forget(attached)
 
     def resize_vcpus(self, count):
         self._check_state(running=True)
@@ -238,18 +234,18 @@ class Qemu(base.Hypervisor):
     def _add_vsock(self):
         if self._vsock.kind == "vhost-user":
             self.plan = self.plan._replace(shared_memory=True)
-            self._cold += qemu_cmdline.chardev_socket("vsock", self._vsock.chardev_path)
+            self._cold.append(qemu_cmdline.chardev_socket("vsock", self._vsock.chardev_path))
         else:
             self._pass_fds.append(self._vsock.vhost_fd)
-        self._cold += qemu_cmdline.device(
-            qemu_devices.vsock_device(self._vsock, self.plan.pci, self._slots.at_boot()))
+        self._cold.append(qemu_cmdline.device(
+            qemu_devices.vsock_device(self._vsock, self.plan.pci, self._slots.at_boot())))
 
     def _add_image(self):
         """The guest's root image: the first disk, so that it is /dev/vda; always virtio-blk."""
         disk = base.Disk("image", self.plan.image, readonly=True)
         node = qemu_devices.block_node("image", disk.path, readonly=True)
         device = qemu_devices.blk_device("image-device", "image", disk, self.plan.pci, self._slots.at_boot())
-        self._cold += qemu_cmdline.blockdev(node) + qemu_cmdline.device(device)
+        self._cold.append(qemu_cmdline.blockdev(node) + qemu_cmdline.device(device))
         self._virtio_disks += 1
 
     def _add_share(self, share):
@@ -257,12 +253,12 @@ class Qemu(base.Hypervisor):
             raise self.unsupported("adding a shared directory to a running VM")
         self.plan = self.plan._replace(shared_memory=True)
         chardev = f"share{self._next_number()}"
-        self._cold += qemu_cmdline.chardev_socket(chardev, share.socket_path)
-        self._cold += qemu_cmdline.device(
-            qemu_devices.fs_device(chardev, share, self.plan.pci, self._slots.at_boot()))
+        device = qemu_devices.fs_device(chardev, share, self.plan.pci, self._slots.at_boot())
+        self._cold.append(qemu_cmdline.chardev_socket(chardev, share.socket_path) + qemu_cmdline.device(device))
         return share
 
     def _add_disk(self, disk):
+        qemu_devices.check_disk(disk)           # before it takes a place and a name
         attached = self._attachment(disk)
         if attached.settled:
             return attached.device
@@ -271,7 +267,7 @@ class Qemu(base.Hypervisor):
             aio=self.plan.disk_aio, cache=self.plan.disk_cache)
         device = self._disk_device(attached, disk)
         if self._child is None:
-            self._cold += qemu_cmdline.blockdev(node) + qemu_cmdline.device(device)
+            self._keep_for_boot(attached, qemu_cmdline.blockdev(node) + qemu_cmdline.device(device))
         else:
             self._plug(attached, lambda: self._hotplug.add_disk(node, device))
         attached.settled = True
@@ -279,7 +275,7 @@ class Qemu(base.Hypervisor):
 
     def _disk_device(self, attached, disk):
         """The disk's ``-device``; fills in its guest address."""
-        if self._is_scsi(disk):
+        if attached.scsi:
             attached.device = disk._replace(
                 agent_type="scsi", guest_address=qemu_devices.scsi_address(attached.index))
             return qemu_devices.scsi_disk(attached.device_id, attached.backend_id, disk, attached.index)
@@ -314,7 +310,7 @@ class Qemu(base.Hypervisor):
             attached.device_id, attached.backend_id, nic, self.plan.pci, attached.place)
         if self._child is None:
             netdev = qemu_devices.tap_backend(attached.backend_id, nic.fds, nic.vhost_fds)
-            self._cold += qemu_cmdline.netdev(netdev) + qemu_cmdline.device(device)
+            self._keep_for_boot(attached, qemu_cmdline.netdev(netdev) + qemu_cmdline.device(device))
             self._pass_fds += [*nic.fds, *nic.vhost_fds]
         else:
             names = nic_fd_names(attached.backend_id, nic)
@@ -322,6 +318,10 @@ class Qemu(base.Hypervisor):
             self._plug(attached, lambda: self._hotplug.add_nic(netdev, device, *names))
         attached.settled = True
         return attached.device
+
+    def _keep_for_boot(self, attached, arguments):
+        attached.arguments = arguments
+        self._cold.append(arguments)
 
     def _attachment(self, device):
         """The _Attached of a device: of an earlier attempt to add the same, or a new one with a place."""
@@ -338,14 +338,15 @@ class Qemu(base.Hypervisor):
                 raise self.unsupported(f"plugging devices on the machine type {self.plan.machine}")
         scsi = isinstance(device, base.Disk) and self._is_scsi(device)
         place = {} if scsi else self._slots.at_boot() if self._child is None else self._slots.hotplug()
-        attached = _Attached(self._next_number(), device, place, self._disk_index(device, scsi))
+        attached = _Attached(self._next_number(), device, place, scsi=scsi,
+                             index=self._disk_index(device, scsi))
         self._attached[key] = attached
         return attached
 
     def _disk_index(self, device, scsi):
         """SCSI: the lowest address that is free. virtio-blk: the order at boot."""
         if scsi:
-            taken = {other.index for other in self._attached.values() if other.device.agent_type == "scsi"}
+            taken = {other.index for other in self._attached.values() if other.scsi}
             return next(index for index in range(len(taken) + 1) if index not in taken)
         if isinstance(device, base.Disk):
             self._virtio_disks += 1
@@ -358,9 +359,36 @@ class Qemu(base.Hypervisor):
             try:
                 steps()
             except HypervisorError:
-                del self._attached[type(attached.asked_for), attached.asked_for.id]
-                self._slots.release(attached.place)
+                self._forget(attached)
                 raise
+
+    def _unplug(self, attached):
+        if not self.plan.hotplug:
+            raise self.unsupported(f"unplugging on the machine type {self.plan.machine}")
+        remove = (self._hotplug.remove_disk if isinstance(attached.device, base.Disk)
+                  else self._hotplug.remove_nic)
+        with self._busy(attached):
+            try:
+                remove(attached.backend_id, attached.device_id)
+            except ConnectionClosed:
+                if not self._qmp.channel.closed:    # closed for good: QEMU has ended, the device with it
+                    raise
+
+    def _withdraw(self, attached):
+        """Take back a device before the start."""
+        if isinstance(attached.device, base.Disk) and not attached.scsi:
+            if attached.index != self._virtio_disks - 1:
+                raise FailedPrecondition(f"without {attached.device.id} the disks after it would be called "
+                                         "by other names than were told")
+            self._virtio_disks -= 1
+        self._cold = [arguments for arguments in self._cold if arguments is not attached.arguments]
+        if isinstance(attached.device, base.Nic):
+            for fd in (*attached.device.fds, *attached.device.vhost_fds):
+                self._pass_fds.remove(fd)
+
+    def _forget(self, attached):
+        del self._attached[type(attached.asked_for), attached.asked_for.id]
+        self._slots.release(attached.place)
 
     @contextlib.contextmanager
     def _busy(self, attached):
@@ -384,7 +412,7 @@ class Qemu(base.Hypervisor):
         try:
             argv = qemu_cmdline.command_line(
                 self.plan, self.sandbox_id, qmp_fd=fds.listener.fileno(), console_fd=fds.console_theirs,
-                devices=self._cold)
+                devices=[argument for arguments in self._cold for argument in arguments])
             log.debug("starting %s", argv)
             entry = self._undo.push("process", pid=0, start_time=0, name="QEMU")
             try:
@@ -477,9 +505,12 @@ class Qemu(base.Hypervisor):
         self._check_state(running=True)
         return self._qmp.execute(command, timeout_s=_COMMAND_S)
 
+    def _has_ended(self):
+        return self._stopped or self._exited.is_set()
+
     def _check_state(self, running):
         """:raises FailedPrecondition: the VM is not in the state that a verb needs."""
-        if self._stopped or self._exited.is_set():
+        if self._has_ended():
             raise FailedPrecondition(f"the VM of sandbox {self.sandbox_id} has ended")
         if running and self._hotplug is None:
             raise FailedPrecondition(f"the VM of sandbox {self.sandbox_id} does not run yet")

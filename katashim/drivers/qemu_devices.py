@@ -91,6 +91,16 @@ def virtio(kind, pci):
 
 
 # -- disks ----------------------------------------------------------------------------------------
+def check_disk(disk):
+    """Find out before anything is done that a disk cannot be used.
+
+    :raises NotFound, InvalidArgument: its file does not exist or is no disk; its serial is too long.
+    """
+    _host_driver(disk.path)
+    if len(disk.serial) > SERIAL_MAX:
+        raise InvalidArgument(f"the serial of disk {disk.id}, {disk.serial!r}, is longer than {SERIAL_MAX}")
+
+
 def block_node(name, path, *, readonly, discard=False, aio="threads", cache=None):
     """The ``-blockdev`` of a raw file or block device of the host.
 
@@ -125,7 +135,7 @@ def blk_device(device_id, node, disk, pci, place, *, queues=1, queue_size=128, i
     :param sector_sizes: (logical, physical) in bytes, 0 leaves it to QEMU.
     """
     device = {"driver": virtio("virtio-blk", pci), "id": device_id, "drive": node, **place,
-              "serial": _serial(disk), "num-queues": queues, "queue-size": queue_size,
+              "serial": disk.serial, "num-queues": queues, "queue-size": queue_size,
               "config-wce": False, "discard": disk.discard, "share-rw": not disk.readonly}
     if iothread:
         device["iothread"] = iothread
@@ -138,19 +148,13 @@ def blk_device(device_id, node, disk, pci, place, *, queues=1, queue_size=128, i
 def scsi_disk(device_id, node, disk, index):
     """A disk on the SCSI controller ``scsi0``; the agent finds it at ``"TARGET:LUN"``."""
     return {"driver": "scsi-hd", "id": device_id, "drive": node, "bus": "scsi0.0", "channel": 0,
-            "scsi-id": index // SCSI_LUNS, "lun": index % SCSI_LUNS, "serial": _serial(disk),
+            "scsi-id": index // SCSI_LUNS, "lun": index % SCSI_LUNS, "serial": disk.serial,
             "share-rw": not disk.readonly}
 
 
 def scsi_address(index):
     """The guest address of the `index`-th SCSI disk."""
     return f"{index // SCSI_LUNS}:{index % SCSI_LUNS}"
-
-
-def _serial(disk):
-    if len(disk.serial) > SERIAL_MAX:
-        raise InvalidArgument(f"the serial of disk {disk.id}, {disk.serial!r}, is longer than {SERIAL_MAX}")
-    return disk.serial
 
 
 # -- network --------------------------------------------------------------------------------------

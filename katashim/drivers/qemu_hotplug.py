@@ -140,7 +140,11 @@ class Hotplug:
 
     # -- vCPUs ------------------------------------------------------------------------------------
     def resize_vcpus(self, count):
-        """Plug or unplug vCPUs until there are `count`; those present at boot stay. Returns how many."""
+        """Plug or unplug vCPUs until there are `count`; those present at boot stay. Returns how many.
+
+        Under TCG none is ever unplugged: QEMU (7.2, at least) corrupts its heap when one is and the next
+        is plugged, and dies. There a guest keeps its vCPUs.
+        """
         if count < 1:
             raise InvalidArgument(f"a VM cannot have {count} vCPUs")
         with self._alone("vCPUs"):
@@ -150,9 +154,10 @@ class Hotplug:
             present = [cpu for cpu in cpus if "qom-path" in cpu]
             for cpu in [cpu for cpu in cpus if "qom-path" not in cpu][:max(0, count - len(present))]:
                 self._qmp.execute("device_add", driver=cpu["type"], id=_vcpu_id(cpu), **cpu["props"])
-            for cpu in present[:count - len(present) - 1:-1] if count < len(present) else ():
-                if cpu["qom-path"].endswith("/" + _vcpu_id(cpu)):
-                    self.unplug(_vcpu_id(cpu), UNPLUG_S)
+            if self._plan.accel != "tcg":
+                for cpu in present[count:][::-1]:
+                    if cpu["qom-path"].endswith("/" + _vcpu_id(cpu)):       # not of those present at boot
+                        self.unplug(_vcpu_id(cpu), UNPLUG_S)
             return sum("qom-path" in cpu for cpu in self._qmp.execute("query-hotpluggable-cpus"))
 
     # -- memory -----------------------------------------------------------------------------------

@@ -345,6 +345,36 @@ def test_microvm_with_pci_and_every_option(machine, taps, tmp_path):
     assert one.pci_paths()["nic2-device"] == card.guest_address
 
 
+def test_devices_can_be_withdrawn_before_the_start(machine, taps, tmp_path):
+    one = machine()
+    one.vm.prepare()
+    first, second = (one.vm.add_device(disk(tmp_path, name)) for name in "ab")
+    card = one.vm.add_device(nic(*taps(1)))
+    with pytest.raises(FailedPrecondition, match="the disks after it would be called by other names"):
+        one.vm.remove_device(first)
+    one.vm.remove_device(card)
+    one.vm.remove_device(second)
+    third = one.vm.add_device(disk(tmp_path, "c"))
+    assert third.guest_address == second.guest_address
+    one.vm.start(LONG)
+    assert {name for name in one.pci_paths() if name.startswith(("disk", "nic"))} == {
+        "disk0-device", "disk3-device"}
+
+
+def test_devices_are_gone_with_the_vm(machine, tmp_path):
+    one = machine()
+    (at_boot,) = one.boot(disk(tmp_path, "a"))
+    plugged = one.vm.add_device(disk(tmp_path, "b"))
+    removing = gevent.spawn(one.vm.remove_device, plugged)
+    gevent.sleep(0.05)
+    os.kill(one.vm.pids()[0], signal.SIGKILL)
+    removing.get(timeout=LONG)
+    one.vm.wait(LONG)
+    one.vm.remove_device(at_boot)
+    with pytest.raises(FailedPrecondition, match="has ended"):
+        one.vm.add_device(disk(tmp_path, "c"))
+
+
 def test_disks_that_cannot_be_used(machine, tmp_path):
     one = machine()
     one.vm.prepare()
@@ -356,6 +386,7 @@ def test_disks_that_cannot_be_used(machine, tmp_path):
         one.vm.add_device(disk(tmp_path, "f", driver="virtio-scsi"))
     with pytest.raises(Unsupported, match="VfioDevice"):
         one.vm.add_device(base.VfioDevice("v", "0000:00:01.0"))
+    assert one.vm.add_device(disk(tmp_path, "g")).guest_address == "/dev/vda", "they took no name"
 
 
 # -- plugging -------------------------------------------------------------------------------------
@@ -432,12 +463,12 @@ def test_one_disk_is_not_plugged_and_unplugged_at_once(machine, tmp_path, monkey
     assert isinstance(first.exception, DeadlineExceeded)
 
 
-def test_scsi_disks(machine, tmp_path):
+def test_scsi_disks(machine, taps, tmp_path):
     one = machine(block_device_driver="virtio-scsi")
-    (first,) = one.boot(disk(tmp_path, "a"))
+    _, first = one.boot(nic(*taps(1)), disk(tmp_path, "a"))
     second = one.vm.add_device(disk(tmp_path, "b", serial="second"))
     assert (first.guest_address, second.guest_address, second.agent_type) == ("0:0", "0:1", "scsi")
-    assert {block["qdev"] for block in one.qmp("query-block")} >= {"disk0-device", "disk1-device"}
+    assert {block["qdev"] for block in one.qmp("query-block")} >= {"disk1-device", "disk2-device"}
 
 
 def test_cards_with_several_queues_are_plugged(machine, taps):
@@ -474,6 +505,7 @@ def test_vcpus_and_memory_grow(machine):
     assert one.vm.resize_vcpus(2) == 2
     assert one.vm.resize_vcpus(99) == 3
     assert sorted(one.vm.vcpu_threads()) == [0, 1, 2]
+    assert one.vm.resize_vcpus(1) == 3, "QEMU does not survive unplugging under TCG"
     assert one.vm.resize_memory(200) == 256, "rounded up to the guest's block"
     assert one.vm.resize_memory(100) == 256, "it never shrinks"
     one.vm.set_memory_block_mb(64)

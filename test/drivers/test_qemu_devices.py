@@ -72,7 +72,7 @@ def test_block_nodes_are_made_of_files_and_block_devices_only(tmp_path):
 
 def test_a_serial_has_at_most_twenty_characters():
     with pytest.raises(InvalidArgument, match="longer than 20"):
-        qemu_devices.blk_device("d", "n", base.Disk("d", "/x", serial="x" * 21), True, {})
+        qemu_devices.check_disk(base.Disk("d", __file__, serial="x" * 21))
 
 
 @pytest.mark.parametrize("size", [0, 1000, 2048])

@@ -120,8 +120,7 @@ def test_plugging_and_unplugging_as_the_guest_sees_it(machine, tmp_path):
 
     assert one.vm.resize_vcpus(3) == 3
     wait_seen(one, "^cpus 0-2$")
-    assert one.vm.resize_vcpus(1) == 1
-    wait_seen(one, "^cpus 0$")
+    assert one.vm.resize_vcpus(1) == (3 if one.vm.plan.accel == "tcg" else 1), "TCG's QEMU would not survive"
     assert one.vm.resize_memory(300) == 384
     wait_seen(one, f"^blocks {blocks + 1}$")
 
