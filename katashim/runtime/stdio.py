@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 64 * 1024         # what a pipe holds, in the guest and here
 _READABLE, _WRITABLE = 1, 2     # the loop's event bits
 _FILE_S = 60                    # for one write to a disk
-_LATE_READER_S = 0.1            # between two looks for it
+_LATE_READER_S = 0.05           # between two looks for it, at first
+_LATE_READER_MAX_S = 1.0
 _OPEN = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -261,10 +262,12 @@ class Fifo(Pipe):
         self._drop_keeper()
 
     def _await_reader(self):
-        while not self._closed.wait(_LATE_READER_S):
+        pause_s = _LATE_READER_S
+        while not self._closed.wait(pause_s):
             if self._has_reader():
                 self._end.close()
                 return
+            pause_s = min(2 * pause_s, _LATE_READER_MAX_S)
 
     def _has_reader(self):
         """Whether a client has it open for reading; the kernel tells by refusing one more writer."""
