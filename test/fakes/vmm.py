@@ -20,6 +20,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)          # before the directory of this file
+# A process whose children get a new pid namespace can have no threads.
+os.environ.pop("GEVENT_MONITOR_THREAD_ENABLE", None)
 
 import gevent
 from fake_agent import FakeAgent, Faulty

@@ -105,11 +105,11 @@ class Guest:
         self._fd = nic.fds[0]
         self._mac = bytes.fromhex(nic.mac.replace(":", ""))
         self._ip = socket.inet_aton(address)
-        self._stop, self._stopped = os.pipe()
-        self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self):
         """Answer in a thread, for the time of a ``with`` block."""
+        self._stop, self._stopped = os.pipe()
+        self._thread = threading.Thread(target=self._serve)
         self._thread.start()
         return self
 

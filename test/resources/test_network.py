@@ -64,9 +64,11 @@ def test_the_default_configuration_joins(pod):
 
 
 def test_the_tap_is_silent_until_the_guest_speaks(pod):
-    make(pod, stack()).attach()
+    pod_network = make(pod, stack())
+    pod_network.attach()
     addresses = json.loads(pod.ip("-j addr show dev tap0_kata"))[0]["addr_info"]
     assert addresses == []
+    pod_network.detach()
 
 
 def test_queues_become_descriptors_of_one_tap(pod):

@@ -69,7 +69,9 @@ def test_nonsense_hurts_nobody_else(path, caplog, pieces):
         gevent.idle()
         assert bystander.call(STREAMS, "Unary", Text(service="hello")).service == "hello"
         sock.close()
-        assert connect(path, bystander).call(STREAMS, "Unary", Text(service="again")).service == "again"
+        another = connect(path, bystander)
+        assert another.call(STREAMS, "Unary", Text(service="again")).service == "again"
+        another.close()
     assert not caplog.records
 
 

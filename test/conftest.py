@@ -1,0 +1,83 @@
+"""What all tests share: nothing that a test starts or opens may outlive it.
+
+After each test the greenlets that it spawned must have ended, the descriptors that it opened must be
+closed, and its child processes be gone. What is on its way out gets a moment. Fixtures of a wider scope
+are set up before the look at what there is, and so may stay.
+"""
+
+import os
+import sys
+import time
+import weakref
+
+import gevent
+import pytest
+from gevent import Greenlet
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+# Where helper modules are. (Test modules themselves are no modules to import: two may have one name.)
+sys.path[:0] = [_HERE, *(os.path.join(_HERE, name) for name in
+                         ("fakes", "drivers", "resources", "guest", "e2e"))]
+
+_PATIENCE_S = 3.0
+_LOOK_S = 0.01
+# gevent's and the kernel's own, opened once when they are first needed.
+_OF_THE_LOOP = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "anon_inode:[timerfd]",
+                "anon_inode:[signalfd]", "anon_inode:inotify")
+
+_greenlets = weakref.WeakSet()
+Greenlet.add_spawn_callback(_greenlets.add)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_a_test():
+    before = _now()
+    yield
+    left = _left(before)
+    end = time.monotonic() + _PATIENCE_S
+    while left and time.monotonic() < end:
+        gevent.sleep(_LOOK_S)
+        left = _left(before)
+    assert not left, "the test leaves behind: " + "; ".join(sorted(left))
+
+
+def _left(before):
+    now = _now()
+    return {text for kind in now for key, text in now[kind].items() if key not in before[kind]}
+
+
+def _now():
+    """``{kind: {key: words}}`` of what there is."""
+    return {"greenlets": {id(greenlet): f"greenlet {getattr(greenlet, 'name', greenlet)}"
+                          for greenlet in list(_greenlets) if greenlet.started and not greenlet.dead},
+            "descriptors": _descriptors(), "children": _children()}
+
+
+def _descriptors():
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue                        # that of listdir itself
+        if not target.startswith(_OF_THE_LOOP):
+            found[name, target] = f"descriptor {name} ({target})"
+    return found
+
+
+def _children():
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return {}
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat") as stat:
+                    head, _, tail = stat.read().rpartition(")")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if tail.split()[1] == str(os.getpid()):
+                found[name] = f"child process {head})"
+    return found
