@@ -23,15 +23,10 @@ def cache(tmp_path, monkeypatch):
 def test_the_verdict_on_kvm_is_what_the_probe_measures_here():
     answer = json.loads(subprocess.run([sys.executable, "-IS", kvm_probe.__file__], check=True,
                                        stdout=subprocess.PIPE, timeout=10).stdout)
+    assert "error" in answer or 100_000 < answer["loops_per_s"] < 100_000_000_000
     verdict = host.kvm_usable()
     assert verdict.usable == (answer.get("loops_per_s", 0) >= 20_000_000)
     assert verdict.why
-
-
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm that opens")
-def test_the_probe_runs_a_loop_in_kernel_mode_here():
-    loops = kvm_probe.measure()
-    assert 100_000 < loops < 100_000_000_000
 
 
 @pytest.mark.parametrize(("answer", "usable", "says"), [

@@ -1,19 +1,15 @@
 """Helpers of the QEMU driver's tests: settings that work here, a VM with its undo stack, evidence."""
 
-import os
-import sys
 import time
 
 import gevent
+import tiny_kernel
 
 from katashim import timeline, undo
 from katashim.config.records import Hypervisor
 from katashim.drivers import base
 from katashim.drivers.qemu import Qemu
 from katashim.resources.releases import RELEASES
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "fakes"))
-import tiny_kernel
 
 LONG = 10
 GREETING = "hello from the tiny kernel"

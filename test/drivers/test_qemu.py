@@ -32,9 +32,8 @@ from katashim.errors import (
 
 @pytest.fixture
 def machine(tmp_path):
-    """``machine(**settings)`` -> Machine; ends it and checks that nothing is left."""
+    """``machine(**settings)`` -> Machine; ends it and checks that no process and socket is left."""
     machines = []
-    fds = len(os.listdir("/proc/self/fd"))
 
     def make(ending="halt", netns=None, **settings):
         run_dir = tmp_path / f"run{len(machines)}"
@@ -50,8 +49,6 @@ def machine(tmp_path):
         left = set(os.listdir(one.run_dir)) & {"qmp.sock", "vhost-vsock.sock", "kata.hvsock"}
         assert not left, "sockets are left"
         assert one.undo.entries() == []
-    gevent.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) <= fds + 2, "descriptors are left"     # the hub's own, at most
 
 
 @pytest.fixture
