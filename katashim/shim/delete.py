@@ -144,11 +144,18 @@ def _in_child(seconds, work, *args):
     if pid == 0:
         _be_child(theirs, work, args)
     os.close(theirs)
-    text, end = b"", time.monotonic() + seconds
+    try:
+        return _read_problems(ours, pid, time.monotonic() + seconds)
+    finally:
+        os.close(ours)
+
+
+def _read_problems(pipe, pid, end):
+    text = b""
     while True:
-        if not select.select([ours], [], [], max(0.0, end - time.monotonic()))[0]:
+        if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
             return text + b"not finished yet: goes on in the background\n"
-        chunk = os.read(ours, 65536)
+        chunk = os.read(pipe, 65536)
         if not chunk:
             os.waitpid(pid, 0)
             return text

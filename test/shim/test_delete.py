@@ -47,6 +47,8 @@ def process():
 @pytest.fixture
 def sandbox(run_root, process):
     """Makes a sandbox directory with a journal; returns its undo stack."""
+    made = []
+
     def make(sandbox_id, owner=None):
         """:param owner: the shim, a living process; else one that is dead already."""
         directory = os.path.join(run_root, sandbox_id)
@@ -58,8 +60,11 @@ def sandbox(run_root, process):
             owner.wait()
         else:
             header = {"pid": owner.pid, "start_time": child.start_time(owner.pid)}
-        return undo.Undo(os.path.join(directory, "journal"), RELEASES, header=header)
-    return make
+        made.append(undo.Undo(os.path.join(directory, "journal"), RELEASES, header=header))
+        return made[-1]
+    yield make
+    for stack in made:
+        stack.close()
 
 
 @pytest.fixture
