@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from katashim.errors import DeadlineExceeded, InvalidArgument, Unavailable
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.05
 # How long one try may take. A guest that resets its vsock device can lose a connection request, which
 # then is never answered; a guest under heavy load answers late. So the limit doubles at each expiry.
 _FIRST_TRY_S = 2.0

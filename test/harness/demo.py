@@ -206,7 +206,8 @@ def main():
     if os.geteuid() != 0:
         print("the demo needs root: it runs containerd and virtual machines", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):     # also where SIGINT came in ignored, as in CI
+        signal.signal(number, _interrupt)
     before = leaks.snapshot()
     daemon = Containerd(config=_CONFIG + os.environ.get("KATASHIM_DEMO_CONFIG", ""))
     status = 0
