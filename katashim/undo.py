@@ -221,6 +221,8 @@ class _Journal:
             os.close(self._fd)
             self._fd = None
 
+    __del__ = close         # as the files of the standard library: a stack that is dropped leaks no fd
+
 
 def read(path):
     """The journal at `path`: ``(header, [(id, kind, args)])``, living entries, oldest first.

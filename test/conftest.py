@@ -5,6 +5,7 @@ closed, and its child processes be gone. What is on its way out gets a moment. F
 are set up before the look at what there is, and so may stay.
 """
 
+import gc
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ def _nothing_outlives_a_test():
     left = _left(before)
     end = time.monotonic() + _PATIENCE_S
     while left and time.monotonic() < end:
+        gc.collect()                        # a file object that is garbage is closed, only not yet
         gevent.sleep(_LOOK_S)
         left = _left(before)
     assert not left, "the test leaves behind: " + "; ".join(sorted(left))
