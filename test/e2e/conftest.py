@@ -5,23 +5,17 @@ of their own) -> `name` (ids that are nobody else's). After every test all that 
 the machine is compared with what it was before.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 
 import pytest
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-for place in (os.path.dirname(HERE), HERE):
-    if place not in sys.path:
-        sys.path.insert(0, place)
-
-from direct import DirectShim
+from direct_shim import DirectShim
 from harness import leaks
 from harness.containerd import Containerd
-from pods import Pod, configuration
+from live_pods import Pod, configuration
 
 # In the names of all that these tests make, so that others may work on the machine at the same time.
 WORD = f"e2e{os.getpid()}"
@@ -33,9 +27,10 @@ def fresh_name(role="c"):
     return f"{WORD}-{role}{next(_numbers)}"
 
 
-@pytest.fixture(scope="module")
-def daemon():
-    """A containerd with the busybox image, whose shims take ``daemon.config_path`` as configuration."""
+@contextlib.contextmanager
+def a_containerd():
+    """A containerd with the busybox image, whose shims take ``config_path`` as configuration; nothing of
+    it may stay."""
     running = Containerd(config=configuration())
     # The sockets' names are hashes; in a directory of our own they can be told from other people's.
     running.env["KATASHIM_SOCKET_DIR"] = os.path.join(running.directory, "s")
@@ -44,6 +39,20 @@ def daemon():
         running.import_busybox()
         yield running
     leaks.check(before)
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    """One containerd for all tests of a module."""
+    with a_containerd() as running:
+        yield running
+
+
+@pytest.fixture
+def mortal_daemon():
+    """One for a single test, which may kill and restart it."""
+    with a_containerd() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 from harness.terminal import PRINT_SIZE
-from pods import FOREVER, api_of
+from live_pods import FOREVER
 
 pytestmark = pytest.mark.vm
 
@@ -54,15 +54,14 @@ def test_several_at_once_keep_their_streams_apart(daemon, running, name):
 
 
 def test_a_terminal_has_the_size_of_the_window_and_follows_it(daemon, running, name):
-    script = f"tty; {PRINT_SIZE}; read word; stty size; echo got $word; exit 4"
+    script = (f"tty; {PRINT_SIZE}; until stty size | grep -qx '44 122'; do sleep 0.05; done;"
+              "echo resized; read word; echo got $word; exit 4")
     with daemon.terminal("task", "exec", "-t", "--exec-id", name("e"), running, "sh", "-c", script,
                          rows=31, columns=101) as terminal:
-        assert terminal.read_until(b"\n").startswith(b"/dev/")
-        terminal.read_until(b"31 101\r\n")
+        assert terminal.read_until(b"\n").startswith(b"/dev/pts/")
+        terminal.read_until(b"31 101")
         terminal.resize(44, 122)
-        # ctr hears of the change by a signal; the size arrives when the container is told.
-        with api_of(daemon, running) as api:
-            assert api.call("State", id=running).status == 2
+        terminal.read_until(b"resized")
         terminal.send(b"word\n")
         terminal.read_until(b"got word")
         assert terminal.wait()[0] == 4

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from pods import FOREVER, pid_of, shim_pid, state, wait_for
+from live_pods import FOREVER, pid_of, shim_pid, state, wait_for
 
 pytestmark = pytest.mark.vm
 

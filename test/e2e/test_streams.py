@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 from harness.terminal import PRINT_SIZE
-from pods import api_of
+from live_pods import api_of
 
 pytestmark = pytest.mark.vm
 
@@ -48,7 +48,11 @@ def test_twenty_mib_go_in_and_come_back(daemon, pod, name):
 
 
 def test_the_end_of_stdin_ends_cat(daemon, pod, name):
-    assert pod.run(name(), "cat", options=["--rm"], stdin=b"some words\n").out == "some words\n"
+    """ctr tells of an end of input only once the task exists, hence the wait for its first word."""
+    running = pod.start_run(name(), "sh", "-c", "echo ready; exec cat", options=["--rm"], stdin=True)
+    assert running.read_line() == "ready\n"
+    result = running.wait(20, stdin=b"some words\n")
+    assert (result.code, result.out) == (0, "some words\n")
 
 
 def test_stdin_of_an_exec_ends_too(daemon, pod, name):
@@ -57,7 +61,11 @@ def test_stdin_of_an_exec_ends_too(daemon, pod, name):
 
 
 def test_a_program_without_stdin_sees_its_end(daemon, pod, name):
-    assert pod.run(name(), "sh", "-c", "cat; echo end", options=["--rm"]).out == "end\n"
+    member = name()
+    pod.run(member, "sh", "-c", "cat; exit 4", options=["-d", "--null-io"])
+    daemon.wait_status(member, "STOPPED", 20)
+    with api_of(daemon, member) as api:
+        assert api.call("Wait", id=member).exit_status == 4
 
 
 def test_a_terminal_has_the_windows_size_and_takes_lines(daemon, pod, name):
@@ -85,7 +93,8 @@ def test_a_detached_container_ends_though_nobody_reads_its_output(daemon, pod, n
     member = name()
     pod.run(member, "sh", "-c", "echo words; exit 3", options=["-d"])
     daemon.wait_status(member, "STOPPED", 20)
-    daemon.ctr("task", "rm", member, code=3)
+    with api_of(daemon, member) as api:
+        assert api.call("Wait", id=member).exit_status == 3
 
 
 def test_a_killed_container_ends_though_its_output_is_stuck(daemon, pod, name):

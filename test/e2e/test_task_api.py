@@ -4,8 +4,8 @@ import time
 
 import gevent
 import pytest
-from direct import exec_request, make_root, spec
-from pods import FOREVER, wait_for
+from direct_shim import exec_request, make_root, spec
+from live_pods import FOREVER, wait_for
 
 from katashim import errors
 

@@ -11,7 +11,7 @@ import subprocess
 
 from harness import image
 from harness.containerd import REPOSITORY
-from pods import TaskApi
+from live_pods import TaskApi
 
 from katashim import child
 from katashim.errors import KatashimError, Unavailable
@@ -68,7 +68,7 @@ class DirectShim:
 
     :param name: the sandbox's and its first container's id. :param spec: config.json: a dict, text, or
         None for no such file. :param env: for the shim.
-    :ivar api: a :class:`pods.TaskApi`, once it is started.
+    :ivar api: a :class:`live_pods.TaskApi`, once it is started.
     """
 
     def __init__(self, directory, name, spec, env):
