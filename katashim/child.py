@@ -161,10 +161,10 @@ def spawn(argv, *, name, env=None, cwd=None, pass_fds=(), stdin=None, stdout=Non
     """
     import subprocess
     null = subprocess.DEVNULL
-    options = dict(env=env, cwd=cwd, pass_fds=pass_fds, start_new_session=True,
-                   stdin=null if stdin is None else stdin,
-                   stdout=null if stdout is None else stdout,
-                   stderr=null if stderr is None else stderr)
+    options = {"env": env, "cwd": cwd, "pass_fds": pass_fds, "start_new_session": True,
+               "stdin": null if stdin is None else stdin,
+               "stdout": null if stdout is None else stdout,
+               "stderr": null if stderr is None else stderr}
     try:
         if netns is None:
             process = subprocess.Popen(argv, **options)
@@ -173,7 +173,20 @@ def spawn(argv, *, name, env=None, cwd=None, pass_fds=(), stdin=None, stdout=Non
                 process = subprocess.Popen(argv, **options)
     except OSError as exc:
         raise HypervisorError(f"cannot start {name} ({argv[0]}): {exc.strerror or exc}") from exc
+    _expose(process.pid)
     return Child(process, name)
+
+
+def _expose(pid):
+    """Let the kernel's OOM killer take it as anybody: the shim is protected, for it must tell the tale,
+    but a VM that its pod's memory limit cannot hold is what has to go."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "r+") as score:
+            if int(score.read()) < 0:
+                score.seek(0)
+                score.write("0")
+    except (FileNotFoundError, ProcessLookupError):
+        pass                # it has ended already
 
 
 class _inside:

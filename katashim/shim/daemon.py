@@ -61,7 +61,7 @@ def _serve(listener_fd, settings):
                 address=settings.address, publisher=publisher)
     task_service = TaskService(shim)
     server = Server(socket.socket(fileno=listener_fd), dict.fromkeys(_TASK_SERVICES, task_service),
-                    name="containerd")
+                    name="containerd", on_call=_log_call(log))
     server.start()
     Reaper().start()
     signal.signal(signal.SIGINT, lambda number, frame: green.spawn(     # Ctrl-C in the foreground
@@ -76,6 +76,13 @@ def _serve(listener_fd, settings):
     server.stop(_REPLIES_S)
     log.info("finished")
     return 0
+
+
+def _log_call(log):
+    """One line for each RPC, at debug level: what, how long, and its code unless that is OK."""
+    def on_call(service, method, seconds, code):
+        log.debug("%s: %.1f ms%s", method, seconds * 1000, f", code {code}" if code else "")
+    return on_call
 
 
 def _start_logging(settings):

@@ -12,7 +12,7 @@ this module too. The host's :mod:`katashim.ttrpc.connection` is the other caller
 """
 
 import struct
-from collections import namedtuple      # in the guest, loading `typing` would take 80 ms of each VM's start
+from collections import namedtuple  # in the guest, loading `typing` would take 80 ms of each VM's start
 
 MAX_MESSAGE = 4 << 20           # bytes of payload; both reference implementations have this limit
 HEADER_SIZE = 10
