@@ -51,7 +51,9 @@ class Message:
 
     def __eq__(self, other):
         return type(self) is type(other) and all(
-            getattr(self, field.name) == getattr(other, field.name) for field in self.FIELDS)
+            getattr(self, field.name) == getattr(other, field.name)
+            or field.repeated and list(getattr(self, field.name)) == list(getattr(other, field.name))
+            for field in self.FIELDS)
 
     __hash__ = None
 

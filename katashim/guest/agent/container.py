@@ -7,7 +7,7 @@ are not, so nothing that waits for a process holds up anything else. Called by s
 import os
 import threading
 
-from katashim.guest.agent import cgroup, crun, devices, enter, jsontext, linux, log, mounts, spec
+from katashim.guest.agent import cgroup, crun, devices, enter, jsontext, linux, log, mounts, passwd, spec
 from katashim.guest.agent.process import Process, Stdio
 from katashim.guest.agent.rpcerror import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RpcError
 
@@ -52,6 +52,7 @@ class Container:
             self._bind_root(root)
             spec.amend(oci, cid=self.id, rootfs=self.rootfs, sandbox=sandbox, pid_namespace=pid_namespace,
                        unified_cgroups=cgroup.is_unified())
+            self._set_home(oci["process"])
             with open(f"{self.bundle}/config.json", "w") as file:
                 file.write(jsontext.dumps(oci))
             self._start_init(oci, sandbox.settings.container_pipe_size)
@@ -87,7 +88,9 @@ class Container:
             if enter.can_do(self._oci):
                 end = enter.execute(init.pid, process, stdio)
             else:
+                self._set_home(process)
                 end = crun.execute(self.id, self.bundle, exec_id, process, stdio, cgroup.is_mounted())
+                _set_oom_score(end.pid, process["oomScoreAdj"])
             with self._table:
                 self._processes[exec_id] = Process(end, stdio)
         except BaseException:
@@ -107,15 +110,12 @@ class Container:
             raise RpcError(NOT_FOUND, name)
         return found
 
-    def wait(self, exec_id):
-        """Wait until a process ends, release what it holds, and return its status."""
-        process = self.process(exec_id)
-        status = process.end.wait()
+    def forget(self, exec_id):
+        """Release a process that has ended and whose status has been told."""
         with self._table:
-            if self._processes.get(exec_id or self.id) is process:
-                del self._processes[exec_id or self.id]
-        process.close()
-        return status
+            process = self._processes.pop(exec_id or self.id, None)
+        if process is not None:
+            process.close()
 
     def signal(self, exec_id, number):
         """Send a signal. SIGKILL to the init goes to all there are, and SIGTERM becomes SIGKILL for an init
@@ -185,6 +185,11 @@ class Container:
             os.makedirs(self.rootfs)
             linux.bind(root, self.rootfs, recursive=True)
 
+    def _set_home(self, process):
+        """A process without HOME gets its user's; crun leaves it out for users that /etc/passwd does not list."""
+        if not any(word.startswith("HOME=") for word in process["env"]):
+            process["env"].append(f"HOME={passwd.home(self.rootfs, process['user']['uid'])}")
+
     def _start_init(self, oci, pipe_size):
         stdio = Stdio(pipe_size)
         try:
@@ -204,6 +209,15 @@ class Container:
                 step()
             except (OSError, RpcError) as exc:
                 log.warning("container", f"removing {self.id}: {exc}")
+
+
+def _set_oom_score(pid, score):
+    """crun sets it for a container's init only."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            file.write(str(score))
+    except FileNotFoundError:
+        pass        # it has ended already
 
 
 def _handles(pid, signal):

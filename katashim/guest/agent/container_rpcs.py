@@ -8,6 +8,7 @@ import threading
 from katashim.guest.agent import counters, rpcerror
 from katashim.guest.agent.rpcerror import RpcError
 from katashim.guest.agent.rpcs import Rpcs
+from katashim.guest.agent.server import Answer
 
 
 class ContainerRpcs(Rpcs):
@@ -74,7 +75,10 @@ class ProcessRpcs(Rpcs):
         self._container(request).signal(request.exec_id, request.signal)
 
     def WaitProcess(self, request):
-        return self.make("grpc.WaitProcessResponse", status=self._container(request).wait(request.exec_id))
+        container = self._container(request)
+        status = container.process(request.exec_id).end.wait()
+        # Whoever did not hear of the status may ask again.
+        return Answer(self.make("grpc.WaitProcessResponse", status=status), lambda: container.forget(request.exec_id))
 
     def ReadStdout(self, request):
         return self.make("grpc.ReadStreamResponse", data=self._process(request).read_stdout(request.len))

@@ -61,8 +61,10 @@ def _make_parents(root, path, mode, uid, gid):
         except FileExistsError:
             made = False
         # The whole path anew from the root: a link in it must not lead out of the root.
-        found = linux.open_in_root(root, "/".join(parts[:index + 1]), _DIRECTORY)
-        os.close(directory)
+        try:
+            found = linux.open_in_root(root, "/".join(parts[:index + 1]), _DIRECTORY)
+        finally:
+            os.close(directory)
         directory = found
         if made:
             os.fchmod(directory, mode)

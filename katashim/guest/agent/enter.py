@@ -20,7 +20,7 @@ import struct
 from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal
 from _socket import AF_UNIX, SOCK_STREAM, SOL_SOCKET, socketpair
 
-from katashim.guest.agent import linux, reaper, sockets
+from katashim.guest.agent import linux, passwd, reaper, sockets
 from katashim.guest.agent.capability import Capabilities
 from katashim.guest.agent.rpcerror import INTERNAL, RpcError
 
@@ -194,7 +194,8 @@ def _take_identity(program):
     for number in (SIGPIPE, SIGXFSZ):       # Python ignores them, and a program would inherit that
         signal(number, SIG_DFL)
     os.umask(0o022)
-    home_of = _home(program.uid) if "HOME" not in program.environment else None
+    if "HOME" not in program.environment:
+        program.environment["HOME"] = passwd.home("/", program.uid)
     program.capabilities.limit()
     os.setgroups(program.groups)
     os.setresgid(program.gid, program.gid, program.gid)
@@ -205,8 +206,6 @@ def _take_identity(program):
     program.capabilities.apply()
     if program.no_new_privileges:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-    if home_of is not None:
-        program.environment["HOME"] = home_of
 
 
 def _try_directory(path):
@@ -225,19 +224,6 @@ def _change_directory(path):
         os.chdir(path)
     except OSError as exc:
         raise _Failure(f"chdir to {path}: {exc.strerror}") from exc
-
-
-def _home(uid):
-    """The user's home directory according to the container, "/" when it does not say."""
-    try:
-        with open("/etc/passwd", "rb") as file:
-            for line in file:
-                fields = line.rstrip(b"\n").split(b":")
-                if len(fields) > 5 and fields[2] == b"%d" % uid:
-                    return os.fsdecode(fields[5]) or "/"
-    except OSError:
-        pass        # no such file, or none that can be read: the default will do
-    return "/"
 
 
 def _execute(program):

@@ -43,7 +43,7 @@ def _check(result, *what):
 def mount(source, target, fstype="", flags=0, data=""):
     """mount(2). :param data: the filesystem's own options, separated by commas."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode() or None, flags,
-                       data.encode() or None), target)
+                       data.encode() or None), source, None, target)
 
 
 def bind(source, target, recursive=False):

@@ -19,12 +19,23 @@ from katashim.ttrpc import frame
 _HEADER = struct.Struct(">IIBB")
 
 
+class Answer:
+    """What a handler returns when something may only happen once its caller has the answer.
+
+    :param response: the message. :param after: called without arguments when it has been sent; not called for a
+        caller that went away or whose deadline has passed.
+    """
+
+    def __init__(self, response, after):
+        self.response, self.after = response, after
+
+
 class Server:
     """Serves the methods of some services on any number of connections.
 
     :param codec: a wire.Codec. :param services: ``{service: {method: (request, response)}}`` of type names.
-    :param handlers: ``{service: {method: function(request) -> response message or None}}``. A method that is
-        in `services` but not here is answered as unsupported.
+    :param handlers: ``{service: {method: function(request) -> response message, Answer or None}}``. A method
+        that is in `services` but not here is answered as unsupported.
     """
 
     def __init__(self, codec, services, handlers):
@@ -85,14 +96,17 @@ class Server:
     def _answer(self, call, message_type, handler, payload):
         start = time.monotonic()
         try:
-            response = handler(self.codec.decode(message_type, payload))
+            response, after = handler(self.codec.decode(message_type, payload)), None
+            if isinstance(response, Answer):
+                response, after = response.response, response.after
             body = b"" if response is None else self.codec.encode(response)
         except wire.WireError as exc:
             call.fail(RpcError(2, f"ttrpc err: {exc}"))
         except Exception as exc:  # noqa: BLE001  whatever it was, the caller gets an answer
             call.fail(exc)
         else:
-            call.succeed(body)
+            if call.succeed(body) and after is not None:
+                after()
         if log.level >= log.DEBUG:
             log.debug("rpc", call.name, milliseconds=round((time.monotonic() - start) * 1000, 1))
 
@@ -106,8 +120,9 @@ class _Call:
         self._open = threading.Lock()
 
     def succeed(self, body):
+        """Answer; returns whether the caller is there and had no answer before."""
         # Response{status: an empty one, payload}
-        self._finish(b"\x0a\x00" + (b"\x12" + wire.varint(len(body)) + body if body else b""))
+        return self._finish(b"\x0a\x00" + (b"\x12" + wire.varint(len(body)) + body if body else b""))
 
     def fail(self, error):
         code, text = rpcerror.describe(error)
@@ -123,8 +138,7 @@ class _Call:
         return not self._open.locked()
 
     def _finish(self, response):
-        if self._open.acquire(blocking=False):
-            self._connection.send(self._stream_id, response)
+        return self._open.acquire(blocking=False) and self._connection.send(self._stream_id, response)
 
 
 class _Connection:
@@ -146,6 +160,7 @@ class _Connection:
             self._server.forget(self)
 
     def send(self, stream_id, payload):
+        """Send an answer; returns whether somebody takes it."""
         try:
             data = frame.encode(stream_id, frame.RESPONSE, payload)
         except frame.MessageTooLong as exc:
@@ -157,6 +172,8 @@ class _Connection:
                 self._socket.sendall(data)
             except OSError as exc:
                 log.debug("ttrpc", f"an answer found nobody: {exc}")
+                return False
+        return True
 
     def _read_frame(self):
         """Read one frame and act on it; False at the end of the connection."""

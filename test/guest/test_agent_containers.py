@@ -1,0 +1,232 @@
+"""Containers through the agent's RPCs, with the real crun, on this machine."""
+
+import os
+import threading
+
+import pytest
+from plain_client import Refused
+
+
+def refusal(code, text):
+    return pytest.raises(Refused, match=f"^{code}: .*{text}")
+
+
+def test_a_container_runs_and_its_status_comes_back(pod):
+    cid = pod.run("sh", "-c", "echo out; echo err >&2; exit 7")
+    assert pod.read(cid) == b"out\n"
+    assert pod.read(cid, stream="Stderr") == b"err\n"
+    assert pod.wait(cid) == 7
+
+
+def test_nothing_runs_before_the_start(pod, client):
+    cid = pod.create("sh", "-c", "echo started")
+    reader = []
+    thread = threading.Thread(target=lambda: reader.append(pod.read(cid)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    client.call("StartContainer", container_id=cid)
+    thread.join(10)
+    assert reader == [b"started\n"]
+
+
+def test_a_missing_program_is_refused_at_creation_and_nothing_stays(pod, client, host_agent):
+    with refusal(13, "`/bin/nope` not found"):
+        pod.create("/bin/nope")
+    cid = pod.run("true")       # the agent goes on
+    assert pod.wait(cid) == 0
+
+
+def test_the_same_id_again_is_refused(pod, client, busybox_root):
+    from agent_pods import spec
+    cid = pod.run("sleep", "100")
+    with refusal(13, "exists already"):
+        client.call("CreateContainer", container_id=cid, OCI=spec(busybox_root, "true"))
+    assert pod.output(cid, "echo", "alive") == "alive\n"
+
+
+@pytest.mark.parametrize("cid", ["", "x", "../x", "a/b", "-abc", "a b"])
+def test_ids_are_checked(client, busybox_root, cid):
+    from agent_pods import spec
+    with refusal(13, "Invalid container ID"):
+        client.call("CreateContainer", container_id=cid, OCI=spec(busybox_root, "true"))
+
+
+def test_a_container_without_a_spec_is_refused(client):
+    with refusal(13, "EINVAL"):
+        client.call("CreateContainer", container_id="no-spec")
+
+
+def test_an_impossible_mount_is_refused_with_cruns_words(pod):
+    with refusal(13, "no-such-file"):
+        pod.create("true", mounts=[{"destination": "/x", "type": "bind", "source": "/no-such-file", "options": ["bind"]}])
+
+
+def test_a_root_that_is_not_there_is_refused(pod):
+    with refusal(13, "/no-such-root"):
+        pod.create("true", root="/no-such-root")
+
+
+def test_sigkill_is_137_and_sigterm_of_a_deaf_init_too(pod, client):
+    for signal in (9, 15):
+        cid = pod.run("sleep", "100")
+        client.call("SignalProcess", container_id=cid, signal=signal)
+        assert pod.wait(cid) == 137
+
+
+def test_sigterm_reaches_an_init_that_listens(pod, client):
+    cid = pod.run("sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    assert client.call("ReadStdout", container_id=cid, len=100).data == b"ready\n"
+    client.call("SignalProcess", container_id=cid, signal=15)
+    assert pod.wait(cid) == 9
+
+
+def test_a_signal_to_one_that_has_ended_is_no_error(pod, client):
+    cid = pod.run("true")
+    assert pod.read(cid) == b""
+    client.call("SignalProcess", container_id=cid, exec_id=cid, signal=9)
+    assert pod.wait(cid) == 0
+
+
+def test_sigkill_of_the_init_takes_all_processes_along(pod, client):
+    cid = pod.run("sh", "-c", "sleep 1000 & sleep 1000")
+    exec_id = pod.execute(cid, "sleep", "1000")
+    client.call("SignalProcess", container_id=cid, signal=9)
+    assert pod.wait(cid) == 137
+    assert pod.wait(cid, exec_id) == 137
+
+
+def test_both_names_of_the_init(pod, client):
+    cid = pod.run("sh", "-c", "exit 3")
+    assert client.call("WaitProcess", container_id=cid, exec_id=cid).status == 3
+
+
+def test_waiting_twice_finds_nothing_and_waiting_at_once_finds_the_same(pod, client):
+    cid = pod.run("sh", "-c", "read x; exit 5")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(pod.wait(cid))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    client.call("WriteStdin", container_id=cid, data=b"x\n")
+    for thread in threads:
+        thread.join(10)
+    assert found == [5, 5, 5]
+    with refusal(5, "InitProcessNotFound"):
+        pod.wait(cid)
+
+
+def test_unknown_ids(pod, client):
+    cid = pod.run("sleep", "100")
+    for method, code, text in (
+            ("WaitProcess", 3, "InvalidContainerId"), ("SignalProcess", 3, "InvalidContainerId"),
+            ("ReadStdout", 3, "InvalidContainerId"), ("CloseStdin", 3, "InvalidContainerId"),
+            ("TtyWinResize", 3, "InvalidContainerId"), ("WriteStdin", 13, "Invalid container id"),
+            ("StartContainer", 13, "Invalid container id"), ("RemoveContainer", 13, "Invalid container id"),
+            ("ExecProcess", 13, "Invalid container id"), ("StatsContainer", 3, '"invalid container id"'),
+            ("UpdateContainer", 3, '"invalid container id"'), ("PauseContainer", 3, '"invalid container id"'),
+            ("ResumeContainer", 3, '"invalid container id"')):
+        with refusal(code, text):
+            client.call(method, container_id="unknown")
+    for method, code, text in (
+            ("WaitProcess", 5, "InvalidExecId"), ("SignalProcess", 5, "InvalidExecId"), ("ReadStdout", 5, "InvalidExecId"),
+            ("WriteStdin", 13, "Process not found: invalid exec id")):
+        with refusal(code, text):
+            client.call(method, container_id=cid, exec_id="unknown")
+
+
+def test_starting_one_that_has_died_is_an_error_not_a_hang(pod, client):
+    cid = pod.create("true")
+    client.call("SignalProcess", container_id=cid, signal=9)
+    assert pod.read(cid) == b""
+    with refusal(13, "does not wait to be started"):
+        client.call("StartContainer", container_id=cid)
+
+
+def test_removal_leaves_nothing(pod, client, host_agent):
+    cid = pod.run("sleep", "1000")
+    places = [f"{host_agent.root}{path}/{cid}" for path in
+              ("/run/kata-containers", "/run/crun", "/sys/fs/cgroup/katashim-test")]
+    assert all(os.path.isdir(place) for place in places)
+    pod.remove(cid)
+    assert not any(os.path.exists(place) for place in places)
+    assert not any(cid in path for path in host_agent.mount_points())
+    with refusal(13, "Invalid container id"):
+        client.call("RemoveContainer", container_id=cid)
+
+
+def test_removal_with_a_time_limit(pod, client):
+    cid = pod.run("sleep", "1000")
+    client.call("RemoveContainer", container_id=cid, timeout=10)
+    with refusal(13, "Invalid container id"):
+        client.call("RemoveContainer", container_id=cid, timeout=10)
+
+
+def test_pause_and_resume(pod, client):
+    cid = pod.run("sh", "-c", "while :; do read x; echo $x; done")
+    client.call("PauseContainer", container_id=cid)
+    with refusal(13, "paused"):
+        client.call("PauseContainer", container_id=cid)
+    client.call("WriteStdin", container_id=cid, data=b"hello\n")
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(client.call("ReadStdout", container_id=cid, len=9).data))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    client.call("ResumeContainer", container_id=cid)
+    thread.join(10)
+    assert answers == [b"hello\n"]
+    with refusal(13, "not paused"):
+        client.call("ResumeContainer", container_id=cid)
+
+
+def test_a_paused_container_can_be_removed(pod, client):
+    cid = pod.run("sleep", "1000")
+    client.call("PauseContainer", container_id=cid)
+    pod.remove(cid)
+
+
+def test_containers_of_a_pod_share_ipc_and_host_name(pod):
+    one = pod.run("sleep", "1000")
+    other = pod.run("sleep", "1000")
+    for kind in ("ipc", "uts"):
+        links = {pod.output(cid, "busybox", "readlink", f"/proc/1/ns/{kind}") for cid in (one, other)}
+        assert len(links) == 1
+    assert pod.output(one, "hostname") == "pod\n"
+
+
+def test_pid_namespaces_are_own_or_shared(pod):
+    first = pod.run("sleep", "1000")
+    own = pod.run("sleep", "2000")
+    assert pod.output(own, "sh", "-c", "cat /proc/1/cmdline").startswith("sleep\x002000")
+    assert first != own
+
+
+def test_the_shared_memory_of_the_pod(pod):
+    shm = {"destination": "/dev/shm", "type": "bind", "source": "/run/kata-containers/sandbox/shm", "options": ["rbind"]}
+    one, other = pod.run("sleep", "1000", mounts=[shm]), pod.run("sleep", "1000", mounts=[shm])
+    pod.output(one, "sh", "-c", "echo shared > /dev/shm/f")
+    assert pod.output(other, "cat", "/dev/shm/f") == "shared\n"
+
+
+def test_stats_of_a_container(pod, client):
+    cid = pod.run("sleep", "1000")
+    stats = client.call("StatsContainer", container_id=cid).cgroup_stats
+    assert stats.cpu_stats.cpu_usage.total_usage > 0
+    assert stats.cpu_stats.cpu_usage.total_usage >= stats.cpu_stats.cpu_usage.usage_in_usermode
+
+
+def test_an_update_that_asks_for_nothing(pod, client):
+    cid = pod.run("sleep", "1000")
+    client.call("UpdateContainer", container_id=cid)
+
+
+def test_a_read_only_root(pod, client, busybox_root):
+    from agent_pods import spec
+    readonly = spec(busybox_root, "sh", "-c", "touch /x", cgroup="/katashim-test/readonly")
+    readonly["Root"]["Readonly"] = True
+    client.call("CreateContainer", container_id="readonly", OCI=readonly)
+    try:
+        client.call("StartContainer", container_id="readonly")
+        assert b"Read-only" in pod.read("readonly", stream="Stderr")
+    finally:
+        client.call("RemoveContainer", container_id="readonly")
