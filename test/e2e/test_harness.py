@@ -78,18 +78,20 @@ def test_ctr_that_hangs_is_killed(runc_daemon):
 
 
 @needs_runc
-def test_containers_outlive_containerd(runc_daemon):
-    runc_daemon.run(f"{WORD}-f", "sleep", "1000", options=["-d"], runtime=RUNC)
-    pid, status = runc_daemon.tasks()[f"{WORD}-f"]
-    assert status == "RUNNING"
-    runc_daemon.kill9()
-    runc_daemon.start()
-    assert runc_daemon.tasks()[f"{WORD}-f"] == (pid, "RUNNING")
-    runc_daemon.restart()
-    runc_daemon.ctr("task", "kill", "-s", "KILL", f"{WORD}-f")
-    runc_daemon.wait_status(f"{WORD}-f", "STOPPED")
-    runc_daemon.remove_all()
-    assert runc_daemon.tasks() == {}
+def test_containers_outlive_containerd():
+    with Containerd() as running:
+        running.import_busybox()
+        running.run(f"{WORD}-f", "sleep", "1000", options=["-d"], runtime=RUNC)
+        pid, status = running.tasks()[f"{WORD}-f"]
+        assert status == "RUNNING"
+        running.kill9()
+        running.start()
+        assert running.tasks()[f"{WORD}-f"] == (pid, "RUNNING")
+        running.restart()
+        running.ctr("task", "kill", "-s", "KILL", f"{WORD}-f")
+        running.wait_status(f"{WORD}-f", "STOPPED")
+        running.remove_all()
+        assert running.tasks() == {}
 
 
 @needs_runc
