@@ -42,7 +42,7 @@ def share_of_a_start(daemon, name):
         running.read_line()
         seconds = time.monotonic() - began
         boot = sum(phase["ms"] for phase in state.read(state.run_dir(name))["timeline"]
-                   if phase["phase"] in ("kernel", "agent"))
+                   if phase["phase"] in ("spawn", "kernel", "agent"))
     finally:
         daemon.remove_all()
         running.kill()
