@@ -48,7 +48,10 @@ class Entry:
         """Take it off the stack without a release: it is gone already, or not ours any more."""
         if self in self._stack._entries:
             self._stack._entries.remove(self)
-            self._stack._journal.write({"id": self._number, "do": "drop"})
+            try:
+                self._stack._journal.write({"id": self._number, "do": "drop"})
+            except KatashimError as exc:        # a later replay releases it once more, which does nothing
+                log.warning("%s", exc)
 
 
 class Undo:
@@ -193,9 +196,13 @@ class _Journal:
         if self._fd is None or record.get("do") in ("update", "drop") and "id" not in record:
             return
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        written = 0
         try:
-            os.write(self._fd, line)
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
         except OSError as exc:
+            if written:         # half a line would spoil the next one
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise KatashimError(f"cannot write the journal {self._path}: {exc.strerror}") from exc
         self._size += len(line)
         if self._size > _COMPACT_BYTES:

@@ -81,5 +81,8 @@ def _children():
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if tail.split()[1] == str(os.getpid()):
-                found[name] = f"child process {head})"
+                # By name: a daemon of a wider scope that a test has restarted is no leak.
+                program = head.partition("(")[2]
+                count = sum(key[0] == program for key in found)
+                found[program, count] = f"child process {name} ({program})"
     return found
