@@ -10,7 +10,7 @@ from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
 from katashim import oci, state
-from katashim.errors import FailedPrecondition, InvalidArgument, NotFound
+from katashim.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from katashim.runtime.container import Container
 from katashim.runtime.sandbox import Sandbox
 from katashim.timeline import Timeline, process_age_ms
@@ -92,8 +92,21 @@ class Shim:
         try:
             sandbox.boot()
         except BaseException:
-            self.sandbox = None         # nothing is left of it: another Create may try again
+            self._give_up(sandbox)
             raise
+
+    def _give_up(self, sandbox):
+        """Its boot has failed, or whoever asked for it has gone away in the middle: end what there is of
+        it. After that another Create may try again."""
+        try:
+            sandbox.stop()
+        except DeadlineExceeded as exc:
+            log.warning("%s; it goes on in the background", exc)
+        self.sandbox = None
+
+    def is_empty(self):
+        """Whether it has no container (which it may have had)."""
+        return self.sandbox is None or not self.sandbox.containers
 
     def container(self, container_id):
         """The container `container_id`. :raises NotFound:"""

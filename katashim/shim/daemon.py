@@ -52,6 +52,7 @@ def _serve(listener_fd, settings):
     from katashim.runtime.shim import Shim
     from katashim.services.events import Publisher
     from katashim.services.task import TaskService
+    from katashim.shim import forgotten
     from katashim.shim.reaper import Reaper
     from katashim.ttrpc.server import Server
 
@@ -64,6 +65,8 @@ def _serve(listener_fd, settings):
                     name="containerd", on_call=_log_call(log))
     server.start()
     Reaper().start()
+    if not settings.foreground:     # a person may take a while
+        forgotten.start(server, shim)
     signal.signal(signal.SIGINT, lambda number, frame: green.spawn(     # Ctrl-C in the foreground
         "interrupt", shim.shutdown, settings.id, True))
     gc.freeze()                     # what is loaded stays: the collector need not walk it ever again

@@ -72,6 +72,8 @@ class Server:
     :param name: who the clients are, for the log: "containerd".
     :param on_call: ``on_call(service, method, seconds, code)`` after each call, for logs and metrics.
 
+    :attr:`idle` is an Event, set while no client is connected: since :attr:`idle_since` (time.monotonic()).
+
     When a client goes away or its deadline passes, its handlers get :class:`errors.Cancelled` or
     :class:`errors.DeadlineExceeded` raised at the point where they wait.
     """
@@ -86,6 +88,9 @@ class Server:
         self._listener = gevent_socket(fileno=listener.detach())
         self._acceptor = None
         self._sessions = set()
+        self.idle = Event()
+        self.idle.set()
+        self.idle_since = time.monotonic()
 
     def start(self):
         """Begin to accept clients."""
@@ -119,7 +124,11 @@ class Server:
         return method_and_handler
 
     def forget(self, session):
+        """A client has gone."""
         self._sessions.discard(session)
+        if not self._sessions:
+            self.idle_since = time.monotonic()
+            self.idle.set()
 
     def _accept(self):
         while True:
@@ -129,6 +138,7 @@ class Server:
                 log.warning("accepting a connection of %s failed: %s", self.name, exc)
                 gevent.sleep(_ACCEPT_RETRY_S)
                 continue
+            self.idle.clear()
             self._sessions.add(_Session(self, client))
 
 
