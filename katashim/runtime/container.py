@@ -127,9 +127,11 @@ class Container:
     def delete(self):
         """Remove it, in the guest and on the host. One that was never started is killed first.
 
-        :raises FailedPrecondition: it runs.
+        :raises FailedPrecondition: it runs. :raises NotFound: another call was faster.
         """
         with self._lock:
+            if self._undo is None:
+                raise NotFound(f"container {self.id} has been deleted already")
             if self.init.status in (RUNNING, PAUSED):
                 raise FailedPrecondition(f"container {self.id} cannot be deleted: it is {self.init.status}")
             if self.init.status == CREATED:
