@@ -73,6 +73,9 @@ def check_spec(spec, where="the OCI spec"):
     args = _expect(spec["process"].get("args"), list, "process.args", where)
     if not args or not all(isinstance(word, str) for word in args):
         raise InvalidArgument(f"{where}: process.args names no program")
+    resources = _expect(spec["linux"].get("resources"), dict, "linux.resources", where, optional=True) or {}
+    for part in ("cpu", "memory"):
+        _expect(resources.get(part), dict, f"linux.resources.{part}", where, optional=True)
     for index, entry in enumerate(spec.get("mounts") or ()):
         _expect(entry, dict, f"mounts[{index}]", where)
         destination = entry.get("destination")

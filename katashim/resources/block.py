@@ -84,12 +84,11 @@ def attach(vm, path, readonly, undo, *, discard=False):
 
     :param vm: katashim.drivers.base.Hypervisor.
     :param path: a block device or a raw image file.
-    :param readonly: forced on where `path` cannot be written.
+    :param readonly: forced on where `path` cannot be written. :raises NotFound: there is nothing at `path`.
     :param undo: gets the unplugging.
     :returns: the Disk with its guest address.
     """
-    if not readonly:
-        readonly = green.in_thread(is_readonly, path, what=f"looking at {path}")
+    readonly = green.in_thread(is_readonly, path, what=f"looking at {path}") or readonly
     disk = Disk(id=f"disk-{next(_numbers)}", path=path, readonly=readonly, discard=discard)
     undo.call(f"{disk.id} ({path})", vm.remove_device, disk)
     return vm.add_device(disk)

@@ -70,7 +70,7 @@ def guest_resources(resources):
     """
     kept = {key: copy.deepcopy(value) for key, value in (resources or {}).items()
             if key not in _HOST_RESOURCES}
-    if kept.get("cpu"):
+    if isinstance(kept.get("cpu"), dict):
         kept["cpu"] = {key: value for key, value in kept["cpu"].items() if key not in ("cpus", "mems")}
     return kept
 

@@ -9,7 +9,7 @@ import logging
 
 from gevent.lock import BoundedSemaphore
 
-from katashim import oci
+from katashim import oci, state
 from katashim.agent import oci as agent_oci
 from katashim.errors import (
     NOT_FOUND,
@@ -103,7 +103,7 @@ class Container:
         message = agent_oci.to_proto(amended, lost)
         if lost:
             log.warning("the guest is not told of these parts of the spec of %s: %s", self.id, ", ".join(lost))
-        self._set_cpuset()
+        self._set_cpuset(self.spec["linux"].get("resources"))
         self._in_guest = True       # before the call: when its answer is lost, it may be there
         sandbox.agent.CreateContainer(
             container_id=self.id, exec_id=self.id, OCI=message, devices=devices,
@@ -151,7 +151,7 @@ class Container:
             self._remove_from_guest()
         for process in (self.init, *self.execs.values()):
             process.close()
-        self._set_cpuset(gone=True)
+        self._set_cpuset(None)
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.finish()
@@ -172,6 +172,7 @@ class Container:
 
         :param settings: id, terminal, stdin, stdout, stderr. :param spec: OCI process, a dict.
         """
+        state.check_id(settings.exec_id, "exec id")
         if settings.exec_id in self.execs or settings.exec_id == self.id:
             raise AlreadyExists(f"container {self.id} has an exec {settings.exec_id!r} already")
         if self.init.status == STOPPED:
@@ -261,11 +262,11 @@ class Container:
         with self._lock:
             if self.init.status == STOPPED:
                 raise FailedPrecondition(f"container {self.id} is stopped: its limits cannot be changed")
-            self.spec["linux"]["resources"] = {**(self.spec["linux"].get("resources") or {}), **resources}
-            self._set_cpuset()
-            self.sandbox.agent.UpdateContainer(
-                container_id=self.id,
-                resources=agent_oci.resources_to_proto(specmut.guest_resources(resources)))
+            message = agent_oci.resources_to_proto(specmut.guest_resources(resources))
+            wanted = {**(self.spec["linux"].get("resources") or {}), **resources}
+            self._set_cpuset(wanted)        # before it is kept: what the host refuses must not stick
+            self.spec["linux"]["resources"] = wanted
+            self.sandbox.agent.UpdateContainer(container_id=self.id, resources=message)
 
     def stats(self):
         """Its figures, ``grpc.StatsContainerResponse``."""
@@ -273,8 +274,8 @@ class Container:
             raise FailedPrecondition(f"container {self.id} is stopped: it has no figures")
         return self.sandbox.agent.StatsContainer(container_id=self.id)
 
-    def _set_cpuset(self, gone=False):
-        cpu = {} if gone else (self.spec["linux"].get("resources") or {}).get("cpu") or {}
+    def _set_cpuset(self, resources):
+        cpu = (resources or {}).get("cpu") or {}
         self.sandbox.cgroup.update_cpuset(self.id, cpu.get("cpus") or "", cpu.get("mems") or "")
 
     # -- what happens to it -----------------------------------------------------------------------

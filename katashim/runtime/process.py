@@ -103,21 +103,25 @@ class Process:
         self._hurry.set()
 
     def close(self):
-        """Give its streams back. Bounded by the time a logging program gets."""
+        """Give its streams back; who waits for its end is answered. Bounded by the time a logging program gets."""
         gevent.killall(self._greenlets, block=False)
         if self.stdio is not None:
             self.stdio.close()
+        if not self.exited.is_set():        # it never ran, so no event tells of its end
+            self._ended(UNKNOWN_STATUS)
 
     # -- its end ----------------------------------------------------------------------------------
     def end(self, status):
         """Record its end, once, and publish it."""
-        if self.exited.is_set():
-            return
+        if not self.exited.is_set():
+            self._ended(status)
+            self.container.process_ended(self)
+
+    def _ended(self, status):
         self.exit_status = status & 0xFF if status >= 0 else UNKNOWN_STATUS
         self.exited_at_ns = time.time_ns()
         self.status = STOPPED
         self.exited.set()
-        self.container.process_ended(self)
 
     def _copy_out(self, read, sink):
         def next_bytes():

@@ -281,7 +281,8 @@ class Faulty:
 
     A fault is ``METHOD=ACTION`` or ``METHOD=ACTION:ARGUMENT``; METHOD is an RPC's name. Actions:
     ``die`` (the VMM is gone at once), ``hang`` (never answered), ``mute`` (done, never answered),
-    ``refuse:CODE`` (an error status), ``delay:SECONDS``, ``hangup`` (all connections are closed).
+    ``refuse:CODE`` (an error status), ``delay:SECONDS``, ``late:SECONDS`` (done at once, answered then),
+    ``hangup`` (all connections are closed).
     """
 
     def __init__(self, agent, faults, die, hang_up):
@@ -305,6 +306,8 @@ class Faulty:
             answer = handler(request, context)
             if action == "mute":
                 Event().wait()
+            elif action == "late":
+                gevent.sleep(float(argument))
             return answer
         return handle
 

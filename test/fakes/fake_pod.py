@@ -106,17 +106,24 @@ class Streams:
     """
 
     def __init__(self, directory, stdin=False, terminal=False):
-        os.mkdir(directory)
         self.stdin = self.stdout = self.stderr = ""
         self._readers = {}
         self._stdin = None
+        os.makedirs(directory, exist_ok=True)
         for name in ["stdout"] + ["stdin"] * stdin + ["stderr"] * (not terminal):
-            os.mkfifo(os.path.join(directory, name))
-            setattr(self, name, os.path.join(directory, name))
+            path = os.path.join(directory, name)
+            setattr(self, name, path)
+            if not os.path.exists(path):
+                os.mkfifo(path)
         for name in ("stdout", "stderr"):
             if getattr(self, name):
                 fd = os.open(getattr(self, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 self._readers[name] = [fd, bytearray(), Event(), None]
+
+    @classmethod
+    def attached_to(cls, others):
+        """A second client of the same FIFOs."""
+        return cls(os.path.dirname(others.stdout), stdin=bool(others.stdin), terminal=not others.stderr)
 
     def read(self):
         """Begin to read the outputs."""
@@ -349,9 +356,14 @@ class Pod:
         with contextlib.suppress(ConnectionClosed):
             self.call("Shutdown", id=self.id, now=True, timeout_s=60)
 
-    def _close(self):
+    def close_streams(self):
+        """Close all :meth:`streams` that there are."""
         for streams in self._streams:
             streams.detach()
+        self._streams.clear()
+
+    def _close(self):
+        self.close_streams()
         if self._client is not None:
             self._client.close()
         self.events.stop()
