@@ -48,6 +48,7 @@ class ShareFs:
         self.socket_path = os.path.join(state.run_dir(sandbox_id), "virtiofsd.sock")
         self._daemon = None
         self._volumes = {}                  # (source, recursive, slave, readonly) -> _Volume
+        self._uses = {}                     # first part of a name -> how often it was used
         self._lock = BoundedSemaphore(1)    # guards _volumes while one of them is mounted or unmounted
 
     # -- life -------------------------------------------------------------------------------------
@@ -132,6 +133,9 @@ class ShareFs:
     def make_dir(self, name, undo):
         """Make the directory `name` ("<container id>/rootfs"), a mount point for something the guest mounts
         itself; returns its guest path."""
+        return self._make_dir(self._fresh(name), undo)
+
+    def _make_dir(self, name, undo):
         path = self._host_path(name)
         if not os.path.isdir(os.path.dirname(path)):
             undo.push("dir", path=os.path.dirname(path))
@@ -154,12 +158,14 @@ class ShareFs:
         path = self._host_path(name)
         if os.path.lexists(path):
             raise AlreadyExists(f"{path} exists: {name} is shared already")
+        name = self._fresh(name)
+        path = self._host_path(name)
         try:
             mode = green.in_thread(os.stat, source, what=f"looking at {source}").st_mode
         except OSError as exc:
             raise NotFound(f"cannot share {source}: {exc.strerror}") from exc
         if stat.S_ISDIR(mode):
-            guest_path = self.make_dir(name, undo)
+            guest_path = self._make_dir(name, undo)
         else:
             guest_path = self._make_file(name, undo)
         undo.push("mount", target=path)
@@ -172,6 +178,13 @@ class ShareFs:
         undo.push("file", path=path)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         return guest_paths.PASSTHROUGH + name
+
+    def _fresh(self, name):
+        """`name`, or another like it when it was used before: the guest remembers for a while (1 s with
+        virtio_fs_cache = auto) what a name meant, and would see the old container's files."""
+        top, slash, rest = name.partition("/")
+        self._uses[top] = uses = self._uses.get(top, 0) + 1
+        return name if uses == 1 else f"{top}~{uses}{slash}{rest}"    # no id has a ~
 
     def _host_path(self, name):
         if self._undo is None:
