@@ -6,7 +6,7 @@ Called by the other modules of the builder; plain.
 import os
 import shutil
 import subprocess
-import time
+import threading
 
 from katashim.errors import DeadlineExceeded, FailedPrecondition, Internal
 
@@ -52,23 +52,25 @@ def run_logged(argv, log_path, *, what, on_line=None, timeout_s=3600, cwd=None, 
 
     :raises Internal, DeadlineExceeded: as :func:`run`.
     """
-    end = time.monotonic() + timeout_s
     with open(log_path, "wb") as log:
         process = subprocess.Popen(argv, cwd=cwd, env={**os.environ, **(env or {})},
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        late = threading.Event()
+        timer = threading.Timer(timeout_s, lambda: (late.set(), process.kill()))
+        timer.start()
         try:
             for line in process.stdout:
                 log.write(line)
                 if on_line is not None:
                     on_line(line.decode(errors="replace").rstrip())
-                if time.monotonic() > end:
-                    raise DeadlineExceeded(f"waited {timeout_s} s for {what} ({argv[0]}); see {log_path}")
             status = process.wait()
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            timer.cancel()
+            process.kill()
+            process.wait()
             process.stdout.close()
+    if late.is_set():
+        raise DeadlineExceeded(f"waited {timeout_s} s for {what} ({argv[0]}); see {log_path}")
     if status != 0:
         with open(log_path, "rb") as log:
             said = log.read()[-TAIL_BYTES:].decode(errors="replace")

@@ -47,10 +47,11 @@ class Pod:
     """Calls an agent for containers, and removes those that are left at the end.
 
     :param client: a PlainClient. :param root: path of a busybox root, as the agent sees it.
+    :param storages: what every container needs for that root to be there.
     """
 
-    def __init__(self, client, root):
-        self.client, self.root = client, root
+    def __init__(self, client, root, storages=()):
+        self.client, self.root, self._storages = client, root, list(storages)
         self._cids = []
 
     def create(self, *args, storages=(), devices=(), sandbox_pidns=False, **fields):
@@ -58,7 +59,7 @@ class Pod:
         cid = f"test-{os.getpid()}-{next(_numbers)}"
         fields.setdefault("cgroup", f"/katashim-test/{cid}")
         self.client.call("CreateContainer", container_id=cid, OCI=spec(fields.pop("root", self.root), *args, **fields),
-                         storages=storages, devices=devices, sandbox_pidns=sandbox_pidns)
+                         storages=[*self._storages, *storages], devices=devices, sandbox_pidns=sandbox_pidns)
         self._cids.append(cid)
         return cid
 

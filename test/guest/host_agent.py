@@ -47,6 +47,10 @@ class HostAgent:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
             return f"/proc/{file.read().split()[0]}/root"
 
+    def namespace(self, kind):
+        """The file of one of its namespaces."""
+        return os.path.join(os.path.dirname(self.root), "ns", kind)
+
     def mount_points(self):
         """All mount points of its namespace."""
         with open(os.path.join(os.path.dirname(self.root), "mountinfo")) as file:

@@ -12,10 +12,8 @@ from katashim.guest.agent import cgroup
 NO_LIMIT = (1 << 63) - 1
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _IO_OPERATIONS = {"rbytes": "read", "wbytes": "write", "rios": "rios", "wios": "wios", "dbytes": "dbytes", "dios": "dios"}
-_BLKIO_FILES = {"io_service_bytes_recursive": "io_service_bytes_recursive", "io_serviced_recursive": "io_serviced",
-                "io_queued_recursive": "io_queued", "io_service_time_recursive": "io_service_time",
-                "io_wait_time_recursive": "io_wait_time", "io_merged_recursive": "io_merged",
-                "time_recursive": "io_time", "sectors_recursive": "sectors"}
+_BLKIO_FILES = ("io_service_bytes", "io_serviced", "io_queued", "io_service_time", "io_wait_time", "io_merged",
+                "time", "sectors")
 
 
 def read(group, make):
@@ -132,10 +130,11 @@ class _Legacy(_Reader):
 
     def _blkio(self):
         fields = {}
-        for name, field in _BLKIO_FILES.items():
-            text = self._file("blkio", f"blkio.{name}") or self._file("blkio", f"blkio.throttle.{name}")
+        for name in _BLKIO_FILES:
+            text = (self._file("blkio", f"blkio.{name}_recursive")
+                    or self._file("blkio", f"blkio.throttle.{name}_recursive"))
             rows = [line.split() for line in text.splitlines()]
-            fields[field] = [self._entry(row[0], row[1].lower() if len(row) == 3 else "", int(row[-1]))
+            fields["io_time_recursive" if name == "time" else f"{name}_recursive"] = [self._entry(row[0], row[1].lower() if len(row) == 3 else "", int(row[-1]))
                              for row in rows if ":" in row[0]]
         return self._make("grpc.BlkioStats", **fields)
 

@@ -11,7 +11,9 @@ import threading
 
 from katashim.guest.agent import linux, log
 
-_LAST_ANSWERS_S = 0.3
+_LAST_ANSWERS_S = 0.3       # for hosts to read their last answers
+_DRAIN_S = 2.0              # for the console to take the last words
+_TCSBRK = 0x5409            # with 1: wait until all output is out (tcdrain)
 
 
 def main():
@@ -33,8 +35,21 @@ def main():
 def power_off():
     """Write everything back and end the machine; under a kernel without ACPI, by a reset, which the
     hypervisor is told to take for the end (QEMU's -no-reboot, Firecracker always)."""
+    # A host that does not read the console must not keep the machine up.
+    drain = threading.Thread(target=_drain_console, name="drain", daemon=True)
+    drain.start()
     os.sync()
+    drain.join(_DRAIN_S)
     linux.reboot(linux.RB_POWER_OFF if os.path.isdir("/sys/firmware/acpi/tables") else linux.RB_AUTOBOOT)
+
+
+def _drain_console():
+    """Wait until the last words are out: the serial port is slow, and what it has not sent yet gets lost."""
+    import fcntl
+    try:
+        fcntl.ioctl(2, _TCSBRK, 1)
+    except OSError as exc:
+        log.debug("main", f"the console cannot be waited for: {exc}")
 
 
 def _run(init):
