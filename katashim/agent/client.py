@@ -17,7 +17,7 @@ import gevent
 
 from katashim import green
 from katashim.agent import dial
-from katashim.errors import AgentError, ConnectionClosed, DeadlineExceeded
+from katashim.errors import DEADLINE_EXCEEDED, AgentError, ConnectionClosed, DeadlineExceeded
 from katashim.ttrpc import proto
 from katashim.ttrpc.client import Client
 
@@ -109,7 +109,9 @@ class Agent:
         request = proto.build(info.request, **fields)
         try:
             return self._client.call(service, method, request, timeout_s)
-        except DeadlineExceeded as exc:
+        except (DeadlineExceeded, AgentError) as exc:
+            if exc.code != DEADLINE_EXCEEDED:       # the agent knows the deadline too, and may be faster
+                raise
             raise DeadlineExceeded(
                 f"{self._name} did not answer {_describe(method, fields)} within {timeout_s:g} s") from exc
         except ConnectionClosed as exc:

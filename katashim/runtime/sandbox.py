@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 STOP_S = 60                 # all of a teardown; containerd's own patience is shorter or equal
 _VM_STOP_S = 10
 _GOODBYE_S = 3              # for the agent to write back and unmount
+_END_S = 0.5                # for the VMM's end to be seen when something hung up that ends with it
 _ENDS_S = 5                 # for the ends of processes to be seen after the agent was hung up on
 _HEALTH_S = 30              # between two health checks
 _STRIKES = 3                # failed checks in a row that mean a lost agent
@@ -168,9 +169,7 @@ class Sandbox:
             self._open_journal()
             Bringup(self).run()
         except (KatashimError, OSError) as exc:
-            error = exc if isinstance(exc, KatashimError) else HypervisorError(
-                f"sandbox {self.id} did not come up: {exc}")
-            self.life.post("boot-failed", self.explain(error))
+            self.life.post("boot-failed", self.explain(self._cause_of(exc)))
             return
         self._watchers += [
             green.spawn(f"agent of {self.id}", self._watch_agent),
@@ -179,6 +178,18 @@ class Sandbox:
         self.life.post("booted")
         self.life.settled.wait()
         self.record()
+
+    def _cause_of(self, error):
+        """What to tell of an error of the bring-up; that the agent hung up is no cause when the VM has ended."""
+        if isinstance(error, ConnectionClosed) and self.vm is not None:
+            end = self.vm.wait(_END_S)
+            return error if end is None else self._vm_is_gone(end)
+        if isinstance(error, KatashimError):
+            return error
+        return HypervisorError(f"sandbox {self.id} did not come up: {error}")
+
+    def _vm_is_gone(self, end):
+        return HypervisorError(f"the VM of sandbox {self.id} is gone: {self.vm.name} {end.reason}")
 
     def _open_journal(self):
         """Make the sandbox's directory and its journal; a dead shim's remains are released first."""
@@ -220,18 +231,17 @@ class Sandbox:
     # -- what may happen --------------------------------------------------------------------------
     def _watch_vm(self):
         end = self.vm.wait()
-        error = HypervisorError(f"the VM of sandbox {self.id} is gone: {self.vm.name} {end.reason}")
-        self.life.post("vmm-exited", self.explain(error))
+        self.life.post("vmm-exited", self.explain(self._vm_is_gone(end)))
 
     def _watch_share(self):
         self.sharefs.exited.wait()
         # It ends with the VMM, too; that is the better news and is on its way.
-        if self.vm.wait(0.5) is None:
+        if self.vm.wait(_END_S) is None:
             self.life.post("share-lost", self.sharefs.failure())
 
     def _watch_agent(self):
         self.agent.closed.wait()
-        if self.vm.wait(0.5) is None:
+        if self.vm.wait(_END_S) is None:
             self.life.post("agent-lost", self.explain(
                 Unavailable(f"the agent of sandbox {self.id} has hung up")))
 

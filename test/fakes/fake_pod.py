@@ -5,6 +5,7 @@ Shim and TaskService from the test's own process; :class:`Daemon` has the real p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from gevent.socket import socket as gevent_socket
 
 from katashim import child, green, state
 from katashim.errors import ConnectionClosed
+from katashim.resources import cgroupfs
 from katashim.runtime.shim import Shim
 from katashim.services.events import Publisher
 from katashim.services.task import TaskService
@@ -44,15 +46,18 @@ _CONFIG = """
 [hypervisor.fake]
 kernel = "/dev/null"
 image = "/dev/null"
-shared_fs = "none"
+shared_fs = "{shared_fs}"
 boot_timeout_s = {boot_timeout_s}
 [agent.kata]
 create_container_timeout = {agent_timeout_s}
 [runtime]
-hypervisor_name = "fake"
+hypervisor_name = "{hypervisor}"
 internetworking_model = "none"
-disable_new_netns = true
+disable_new_netns = {without_netns}
 """
+_SETTINGS = {"boot_timeout_s": 20, "agent_timeout_s": 20, "shared_fs": "none", "without_netns": "true",
+             "hypervisor": "fake"}
+_places = itertools.count(1)
 
 
 class EventLog:
@@ -223,12 +228,12 @@ def crc(data):
 class Place:
     """A directory for one shim: bundles, FIFOs, sockets, the sandbox's own directory.
 
-    :param sandbox_id: the pod's, and its first container's.
-    :param boot_timeout_s, agent_timeout_s: settings of the sandbox.
+    :param settings: over _SETTINGS.
+    :ivar sandbox_id: the pod's, and its first container's; nobody else's, for it names a cgroup too.
     """
 
-    def __init__(self, sandbox_id="s1", boot_timeout_s=20, agent_timeout_s=20):
-        self.sandbox_id = sandbox_id
+    def __init__(self, **settings):
+        self.sandbox_id = sandbox_id = f"fake-{os.getpid()}-{next(_places)}"
         self.directory = tempfile.mkdtemp(prefix="ks-", dir="/tmp")   # short: sockets are below it
         self.run_root = os.path.join(self.directory, "run")
         self.run_dir = os.path.join(self.run_root, sandbox_id)
@@ -237,7 +242,7 @@ class Place:
         self.image = os.path.join(self.directory, "rootfs.img")
         os.mkdir(self.run_root)
         with open(self.config_path, "w") as file:
-            file.write(_CONFIG.format(boot_timeout_s=boot_timeout_s, agent_timeout_s=agent_timeout_s))
+            file.write(_CONFIG.format(**{**_SETTINGS, **settings}))
         with open(self.image, "wb") as file:
             file.truncate(4096)
         self._numbers = 0
@@ -290,8 +295,17 @@ class Pod:
         self._streams.append(self.place.streams(**options))
         return self._streams[-1]
 
-    def create(self, container_id, *command, io=None, terminal=False, annotations=None, rootfs=None, **linux):
+    def reconnect(self):
+        """Hang up, and call again."""
+        self._client.close()
+        self._client = _client(self.socket_path)
+
+    def create(self, container_id, *command, **options):
         """Create a container that runs `command` on the machine itself; returns the response."""
+        return self.call("Create", **self.creation(container_id, *command, **options))
+
+    def creation(self, container_id, *command, io=None, terminal=False, annotations=None, rootfs=None, **linux):
+        """The fields of a CreateTaskRequest for that; its bundle is made."""
         if annotations is None:
             annotations = {} if container_id == self.id else member_of(self.id)
         bundle = self.place.bundle(container_id, spec(*command, terminal=terminal, annotations=annotations,
@@ -299,8 +313,8 @@ class Pod:
         if rootfs is None:
             rootfs = [{"type": "erofs", "source": self.place.image, "options": ["ro"]}]
         options = proto.pack_any(proto.get("runtimeoptions.v1.Options")(config_path=self.place.config_path))
-        return self.call("Create", id=container_id, bundle=bundle, rootfs=rootfs, terminal=terminal,
-                         options=options, **_paths(io))
+        return {"id": container_id, "bundle": bundle, "rootfs": rootfs, "terminal": terminal,
+                "options": options, **_paths(io)}
 
     def start(self, container_id, *command, **options):
         """Create and start a container."""
@@ -362,6 +376,13 @@ class Pod:
             streams.detach()
         self._streams.clear()
 
+    def nothing_is_left(self):
+        """Assert that the sandbox has left no file and no cgroup."""
+        assert os.listdir(self.place.run_root) == []
+        for parent in ("kata_sandboxed_pod", "kata_overhead"):
+            assert not [hierarchy for hierarchy in cgroupfs.hierarchies()
+                        if os.path.exists(hierarchy.directory(f"{parent}/{self.id}"))]
+
     def _close(self):
         self.close_streams()
         if self._client is not None:
@@ -388,13 +409,13 @@ class InProcess(Pod):
         self._publisher = Publisher(place.events_path, NAMESPACE)
         self.shim = Shim(namespace=NAMESPACE, id=place.sandbox_id, bundle=place.directory, address="",
                          publisher=self._publisher)
-        path = os.path.join(place.directory, "t")
+        self.socket_path = os.path.join(place.directory, "t")
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path)
+        listener.bind(self.socket_path)
         listener.listen()
         self._server = Server(listener, {TASK: TaskService(self.shim)}, name="containerd")
         self._server.start()
-        self._client = _client(path)
+        self._client = _client(self.socket_path)
 
     @property
     def sandbox(self):
@@ -409,6 +430,8 @@ class InProcess(Pod):
         try:
             if not self.shim.finished.is_set():
                 self.shut_down()
+            for container_id in list(self.sandbox.containers) if self.sandbox else ():
+                self.call("Delete", id=container_id)        # as containerd does
             self.flush()
         finally:
             self._close()
@@ -438,7 +461,8 @@ class Daemon(Pod):
         with open(os.path.join(self.bundle, "shim.pid")) as file:
             self.pid = int(file.read())
         self.start_time = child.start_time(self.pid)
-        self._client = _client(endpoint.socket_path(place.directory, "/run/c.sock", NAMESPACE, self.id))
+        self.socket_path = endpoint.socket_path(place.directory, "/run/c.sock", NAMESPACE, self.id)
+        self._client = _client(self.socket_path)
 
     def verb(self, name):
         """Execute the program; returns what it prints."""
@@ -497,7 +521,6 @@ class _Changed:
 
 def _own_cgroups():
     """``{mount point: path}`` of this process, which an in-process shim moves about."""
-    from katashim.resources import cgroupfs
     with open("/proc/self/cgroup") as file:
         lines = [line.rstrip("\n").split(":", 2) for line in file]
     found = {}
