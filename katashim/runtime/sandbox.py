@@ -199,7 +199,11 @@ class Sandbox:
             self._take_over()
         header = {"sandbox": self.id, "namespace": self.namespace, "pid": os.getpid(),
                   "start_time": _start_time()}
-        self.undo = undo.Undo(os.path.join(self.run_dir, "journal"), RELEASES, run=_release, header=header)
+        try:
+            self.undo = undo.Undo(os.path.join(self.run_dir, "journal"), RELEASES, run=_release, header=header)
+        except KatashimError:           # the disk is full; no journal, so nobody else would remove this
+            mounts.remove_tree(self.run_dir)
+            raise
 
     def _take_over(self):
         journal = os.path.join(self.run_dir, "journal")
