@@ -62,7 +62,7 @@ def pod(daemon):
         yield pod
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def name():
     """A function that makes ids."""
     return fresh_name
