@@ -37,7 +37,7 @@ def start_time(pid):
 
 def is_alive(pid, started):
     """Whether the process `pid` that started at `started` still runs."""
-    return start_time(pid) == started
+    return started is not None and start_time(pid) == started
 
 
 def kill_identity(pid, started, sig=signal.SIGKILL, wait_s=5):

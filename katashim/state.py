@@ -47,7 +47,8 @@ def write(directory, record):
 def read(directory):
     """The record in `directory`'s state.json.
 
-    :raises NotFound: there is none. :raises FailedPrecondition: it was written by a newer katashim.
+    :raises NotFound: there is none. :raises FailedPrecondition: it was written by a newer katashim, or
+        by something else.
     """
     path = os.path.join(directory, "state.json")
     try:
@@ -57,7 +58,9 @@ def read(directory):
         raise NotFound(f"no sandbox state at {path}") from None
     except ValueError as exc:
         raise FailedPrecondition(f"{path} is not JSON: {exc}") from exc
-    if record.get("version", 0) > VERSION:
+    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
+        raise FailedPrecondition(f"{path} is no sandbox state of katashim's")
+    if record["version"] > VERSION:
         raise FailedPrecondition(
             f"{path} has format {record['version']}, this katashim reads up to {VERSION}: use the newer one")
     return record

@@ -368,7 +368,7 @@ def test_a_life_with_the_real_daemon_blocks_its_hub_at_no_time(daemons):
     pod.nothing_is_left()
     log = pod.log()
     assert "appears to be blocked" not in log and "Traceback" not in log
-    records = [json.loads(line) for line in log.splitlines() 
+    records = [json.loads(line) for line in log.splitlines()
                if "warn" not in line.lower()]       # gevent misses psutil
     assert {record["level"] for record in records} <= {"info", "debug"}, log
     assert pod.events.of(pod.id) == ["create", "start", "exit"]
