@@ -1,32 +1,23 @@
 """QEMU: one process, one monitor, one guest.
 
 The driver behind ``[hypervisor.qemu]``. Decisions are made in qemu_plan, arguments in qemu_cmdline and
-qemu_devices, plugging in qemu_hotplug; here is the life of the process. QEMU inherits everything by
-descriptor: its monitor's listening socket (so that connecting never comes too early), the console,
-taps, vhost files. Its end is seen by pidfd and fails everything that waits for it.
+qemu_devices; qemu_process has the process, qemu_hotplug what is plugged into the running guest. Here
+they are put together, and it is known which device is where.
 
 Implements katashim.drivers.base.Hypervisor; made by katashim.runtime.sandbox.
 """
 
 import contextlib
 import logging
-import os
-import re
-import socket
-from typing import NamedTuple
 
-from gevent.event import Event
-
-from katashim import child, green
-from katashim.drivers import base, qemu_cmdline, qemu_devices, qmp
-from katashim.drivers.console import Tail
+from katashim.drivers import base, qemu_cmdline, qemu_devices
 from katashim.drivers.qemu_hotplug import Hotplug, nic_fd_names, tap_backend
 from katashim.drivers.qemu_plan import make_plan
+from katashim.drivers.qemu_process import QemuProcess
 from katashim.drivers.vsock import open_vsock
 from katashim.errors import (
     AlreadyExists,
     ConnectionClosed,
-    DeadlineExceeded,
     FailedPrecondition,
     HypervisorError,
     KatashimError,
@@ -35,11 +26,7 @@ from katashim.errors import (
 log = logging.getLogger(__name__)
 
 AGENT_PORT = 1024
-_AGENT_MARK = re.compile(rb"kata-agent|katashim agent")     # in the first line that the agent prints
-_STDERR_BYTES = 16 * 1024
-_QUIT_S = 2.0                       # for QEMU to end by itself when asked to; then it is killed
 _COMMAND_S = 10.0
-_LAST_EVENT_S = 0.2
 
 _COLD = frozenset({base.BLOCK_DEVICE, base.BLOCK_DISCARD, base.NET_DEVICE, base.FS_SHARING, base.PAUSE})
 _HOT = frozenset({base.BLOCK_HOTPLUG, base.BLOCK_UNPLUG, base.NET_HOTPLUG, base.NET_UNPLUG,
@@ -62,16 +49,6 @@ class _Attached:
         self.busy = False                   # being plugged or unplugged
 
 
-class _Descriptors(NamedTuple):
-    """What QEMU inherits and what of it stays ours."""
-
-    listener: object
-    console: int
-    console_theirs: int
-    stderr: int
-    stderr_theirs: int
-
-
 class Qemu(base.Hypervisor):
     """See :class:`katashim.drivers.base.Hypervisor` and the module's text.
 
@@ -82,7 +59,6 @@ class Qemu(base.Hypervisor):
     :param timeline: katashim.timeline.Timeline; gets the phase "spawn" (from the launch to a working
         monitor).
     :ivar plan: the katashim.drivers.qemu_plan.Plan, after ``prepare``.
-    :ivar console: the guest console's katashim.drivers.console.Tail, after ``start``.
     """
 
     name = "qemu"
@@ -90,18 +66,15 @@ class Qemu(base.Hypervisor):
 
     def __init__(self, sandbox_id, run_dir, hypervisor_config, undo, *, netns=None, timeline=None):
         self.sandbox_id, self.run_dir = sandbox_id, run_dir
-        self.plan = self.console = None
+        self.plan = None
         self._settings, self._undo = hypervisor_config, undo
         self._netns, self._timeline = netns, timeline
-        self._vsock = self._slots = self._child = self._qmp = self._hotplug = self._stderr = None
-        self._entries = []                  # on the undo stack, released by stop()
+        self._vsock = self._slots = self._process = self._hotplug = None
         self._cold = []                     # lists of arguments: the devices present at boot, in order
         self._pass_fds = []
         self._attached = {}                 # (record type, its id): _Attached
         self._numbers = 0
         self._virtio_disks = 0              # at boot, which decides on their names in the guest
-        self._vm_exit = None
-        self._exited = Event()
         self._stopped = False
         self._version = ""
 
@@ -121,39 +94,35 @@ class Qemu(base.Hypervisor):
         self._check_state(running=False)
         phase = self._timeline.phase("spawn") if self._timeline else contextlib.nullcontext()
         with phase:
-            self._spawn()
+            self._process = QemuProcess(
+                self.plan, self.sandbox_id, self._qmp_path(), [word for words in self._cold for word in words],
+                pass_fds=self._pass_fds, undo=self._undo, netns=self._netns)
+            if self._stopped:                   # meanwhile: the launch may have waited for a file
+                self._process.stop(_COMMAND_S)
+                self._check_state(running=True)
+            qmp = self._process.qmp
             try:
-                self._qmp.open(timeout_s)
-                self._version = _version_text(self._qmp.execute("query-version", timeout_s=timeout_s))
+                qmp.open(timeout_s)
+                self._version = _version_text(qmp.execute("query-version", timeout_s=timeout_s))
             except KatashimError as exc:
-                self._abandon_start(exc)
+                self._process.abandon(exc)
                 raise
-        self._hotplug = Hotplug(self._qmp, self.plan)
-        log.info("QEMU %s runs as pid %d: %s with %s (%s)", self._version, self._child.pid,
+        self._hotplug = Hotplug(qmp, self.plan)
+        log.info("QEMU %s runs as pid %d: %s with %s (%s)", self._version, self._process.child.pid,
                  self.plan.machine, self.plan.accel, self.plan.accel_why)
 
     def stop(self, timeout_s=10):
         self._stopped = True
-        if self._child is not None:
-            watch = green.Stopwatch(timeout_s)
-            if self._child.returncode is None:
-                self._ask_to_quit(min(_QUIT_S, timeout_s / 2))
-            self._qmp.close("the VM is being stopped")
-            self._child.kill()
-            if self._child.wait(watch.left(least=1.0)) is None:
-                raise DeadlineExceeded(f"QEMU (pid {self._child.pid}) still exists {timeout_s:g} s after "
-                                       "it was told to stop, and killed")
-            self._exited.wait(_COMMAND_S)
-            self.console.close()
-            self._stderr.close()
-        while self._entries:
-            self._entries.pop().release()
+        if self._process is not None:
+            self._process.stop(timeout_s)
         if self._vsock is not None:
             self._vsock.stop()
 
     def wait(self, timeout_s=None):
-        self._exited.wait(timeout_s)
-        return self._vm_exit
+        if self._process is None:
+            return None
+        self._process.exited.wait(timeout_s)
+        return self._process.vm_exit
 
     def pause(self):
         self._execute("stop")
@@ -177,7 +146,7 @@ class Qemu(base.Hypervisor):
         attached = self._attached.get((type(device), device.id))
         if attached is None:
             return
-        if self._child is None:
+        if self._process is None:
             self._withdraw(attached)
         elif not self._has_ended():             # else it is gone with the VM
             self._unplug(attached)
@@ -205,21 +174,27 @@ class Qemu(base.Hypervisor):
         return self._vsock.address(AGENT_PORT)
 
     def pids(self):
-        vmm = [self._child.pid] if self._child is not None and self._child.returncode is None else []
-        return vmm + (self._vsock.pids() if self._vsock is not None else [])
+        vmm = self._process.child if self._process is not None else None
+        running = [vmm.pid] if vmm is not None and vmm.returncode is None else []
+        return running + (self._vsock.pids() if self._vsock is not None else [])
 
     def vcpu_threads(self):
-        if self._hotplug is None or self._exited.is_set():
+        if self._hotplug is None or self._has_ended():
             return {}
         return {cpu["cpu-index"]: cpu["thread-id"] for cpu in self._execute("query-cpus-fast")}
 
     def console_tail(self):
         return self.console.text() if self.console is not None else ""
 
+    @property
+    def console(self):
+        """The guest console's katashim.drivers.console.Tail, None before ``start``."""
+        return self._process.console if self._process is not None else None
+
     def describe(self):
         facts = {"name": self.name, "version": self._version, "qmp": self._qmp_path()}
-        if self._child is not None:
-            facts.update(pid=self._child.pid, start_time=self._child.start_time)
+        if self._process is not None:
+            facts.update(pid=self._process.child.pid, start_time=self._process.child.start_time)
         if self.plan is not None:
             facts.update(machine=self.plan.machine, accel=self.plan.accel, accel_why=self.plan.accel_why)
         if self._vsock is not None:
@@ -228,7 +203,7 @@ class Qemu(base.Hypervisor):
 
     def queue(self):
         """Who uses the monitor and who waits for it: a katashim.drivers.channel.Queue, or None."""
-        return self._qmp.channel.queue() if self._qmp is not None else None
+        return self._process.qmp.channel.queue() if self._process is not None else None
 
     # -- devices at boot and later ----------------------------------------------------------------
     def _add_vsock(self):
@@ -249,7 +224,7 @@ class Qemu(base.Hypervisor):
         self._virtio_disks += 1
 
     def _add_share(self, share):
-        if self._child is not None:
+        if self._process is not None:
             raise self.unsupported("adding a shared directory to a running VM")
         self.plan = self.plan._replace(shared_memory=True)
         chardev = f"share{self._next_number()}"
@@ -266,7 +241,7 @@ class Qemu(base.Hypervisor):
             attached.backend_id, disk.path, readonly=disk.readonly, discard=disk.discard,
             aio=self.plan.disk_aio, cache=self.plan.disk_cache)
         device = self._disk_device(attached, disk)
-        if self._child is None:
+        if self._process is None:
             self._keep_for_boot(attached, qemu_cmdline.blockdev(node) + qemu_cmdline.device(device))
         else:
             self._plug(attached, lambda: self._hotplug.add_disk(node, device))
@@ -280,7 +255,7 @@ class Qemu(base.Hypervisor):
                 agent_type="scsi", guest_address=qemu_devices.scsi_address(attached.index))
             return qemu_devices.scsi_disk(attached.device_id, attached.backend_id, disk, attached.index)
         plan = self.plan
-        if self._child is None:
+        if self._process is None:
             # By name: the agent learns PCI paths from uevents, and misses those from before its start.
             address = f"/dev/{qemu_devices.vd_name(attached.index)}"
         else:
@@ -308,7 +283,7 @@ class Qemu(base.Hypervisor):
             attached.device = nic._replace(guest_address=self._slots.pci_path(attached.place))
         device = qemu_devices.net_device(
             attached.device_id, attached.backend_id, nic, self.plan.pci, attached.place)
-        if self._child is None:
+        if self._process is None:
             netdev = qemu_devices.tap_backend(attached.backend_id, nic.fds, nic.vhost_fds)
             self._keep_for_boot(attached, qemu_cmdline.netdev(netdev) + qemu_cmdline.device(device))
             self._pass_fds += [*nic.fds, *nic.vhost_fds]
@@ -332,12 +307,12 @@ class Qemu(base.Hypervisor):
                 raise AlreadyExists(f"sandbox {self.sandbox_id} has another {type(device).__name__} "
                                     f"called {device.id}")
             return attached
-        if self._child is not None:
+        if self._process is not None:
             self._check_state(running=True)
             if not self.plan.hotplug:
                 raise self.unsupported(f"plugging devices on the machine type {self.plan.machine}")
         scsi = isinstance(device, base.Disk) and self._is_scsi(device)
-        place = {} if scsi else self._slots.at_boot() if self._child is None else self._slots.hotplug()
+        place = {} if scsi else self._slots.at_boot() if self._process is None else self._slots.hotplug()
         attached = _Attached(self._next_number(), device, place, scsi=scsi,
                              index=self._disk_index(device, scsi))
         self._attached[key] = attached
@@ -371,7 +346,7 @@ class Qemu(base.Hypervisor):
             try:
                 remove(attached.backend_id, attached.device_id)
             except ConnectionClosed:
-                if not self._qmp.channel.closed:    # closed for good: QEMU has ended, the device with it
+                if not self._process.qmp.channel.closed:    # closed for good: QEMU has ended, the device with it
                     raise
 
     def _withdraw(self, attached):
@@ -404,109 +379,16 @@ class Qemu(base.Hypervisor):
         self._numbers += 1
         return self._numbers - 1
 
-    # -- the process ------------------------------------------------------------------------------
-    def _spawn(self):
-        path = self._qmp_path()
-        self._entries.append(self._undo.push("file", path=path))
-        fds = self._open_descriptors(path)
-        try:
-            argv = qemu_cmdline.command_line(
-                self.plan, self.sandbox_id, qmp_fd=fds.listener.fileno(), console_fd=fds.console_theirs,
-                devices=[argument for arguments in self._cold for argument in arguments])
-            log.debug("starting %s", argv)
-            entry = self._undo.push("process", pid=0, start_time=0, name="QEMU")
-            try:
-                self._child = child.spawn(
-                    argv, name="QEMU", cwd="/", netns=self._netns, stderr=fds.stderr_theirs,
-                    pass_fds=[fds.listener.fileno(), fds.console_theirs, *self._pass_fds])
-            except BaseException:
-                entry.forget()
-                os.close(fds.console)
-                os.close(fds.stderr)
-                raise
-            entry.update(pid=self._child.pid, start_time=self._child.start_time)
-        finally:
-            fds.listener.close()
-            os.close(fds.console_theirs)
-            os.close(fds.stderr_theirs)
-        self.console = Tail(f"console of sandbox {self.sandbox_id}", fds.console, mark=_AGENT_MARK,
-                            log_lines=self.plan.debug)
-        self._stderr = Tail("stderr of QEMU", fds.stderr, size=_STDERR_BYTES, log_lines=True)
-        self._qmp = qmp.Qmp(f"QEMU of sandbox {self.sandbox_id}", lambda: qmp.dial(path))
-        green.spawn(f"watch over QEMU {self._child.pid}", self._watch, entry)
-
-    def _open_descriptors(self, path):
-        with contextlib.ExitStack() as opened:
-            try:
-                listener = opened.enter_context(qmp.listen(path))
-                ours, theirs = map(opened.enter_context, socket.socketpair())
-                stderr, stderr_theirs = os.pipe()
-            except OSError as exc:
-                raise HypervisorError(f"cannot make pipes for QEMU: {exc.strerror}") from exc
-            opened.pop_all()
-        return _Descriptors(listener, ours.detach(), theirs.detach(), stderr, stderr_theirs)
-
+    # -- state ------------------------------------------------------------------------------------
     def _qmp_path(self):
         return f"{self.run_dir}/qmp.sock"
 
-    def _watch(self, entry):
-        """Wait for the end of QEMU, whatever its cause, and tell everybody."""
-        with self._qmp.subscribe("SHUTDOWN") as events:
-            self._child.exited.wait()
-            reason = self._last_event(events)
-        self._stderr.wait_end(1.0)
-        status = self._child.returncode
-        ending = f"{self._child.ending()} after {reason}" if reason else self._child.ending()
-        words = ": ".join(word for word in (ending, self._stderr.last_line()) if word)
-        self._vm_exit = base.VmExit(status if status >= 0 else 128 - status, words)
-        entry.forget()
-        self._qmp.close(f"QEMU {self._child.ending()}")
-        self._exited.set()
-        log.info("QEMU (pid %d) %s", self._child.pid, words)
-
-    def _last_event(self, events):
-        """QEMU's own reason for its end, which it tells just before."""
-        if self._child.returncode != 0:
-            return ""
-        try:
-            event = events.wait(_LAST_EVENT_S)
-        except KatashimError:
-            return ""
-        return event.data["reason"]
-
-    def _abandon_start(self, exc):
-        """Kill what a failed start left and attach the evidence.
-
-        :raises HypervisorError: QEMU had ended by itself; its own words say more than `exc`.
-        """
-        # A QEMU that hangs up is about to exit; one that is merely late is not.
-        ended_by_itself = self._child.wait(0 if isinstance(exc, DeadlineExceeded) else 1.0) is not None
-        self._qmp.close("the start failed")
-        self._child.kill()
-        self._exited.wait(_COMMAND_S)
-        error = exc
-        if ended_by_itself:
-            error = HypervisorError(f"QEMU ended while it was starting: {self._vm_exit.reason}")
-        error.attach("QEMU's stderr", self._stderr.text())
-        error.attach("the guest's console", self.console_tail())
-        if error is not exc:
-            raise error from exc
-
-    def _ask_to_quit(self, timeout_s):
-        watch = green.Stopwatch(timeout_s)
-        try:
-            self._qmp.execute("quit", timeout_s=timeout_s)
-        except KatashimError as exc:
-            log.info("QEMU (pid %d) does not take `quit`, so it is killed: %s", self._child.pid, exc)
-            return
-        self._child.wait(watch.left())
-
     def _execute(self, command):
         self._check_state(running=True)
-        return self._qmp.execute(command, timeout_s=_COMMAND_S)
+        return self._process.qmp.execute(command, timeout_s=_COMMAND_S)
 
     def _has_ended(self):
-        return self._stopped or self._exited.is_set()
+        return self._stopped or (self._process is not None and self._process.exited.is_set())
 
     def _check_state(self, running):
         """:raises FailedPrecondition: the VM is not in the state that a verb needs."""
@@ -514,7 +396,7 @@ class Qemu(base.Hypervisor):
             raise FailedPrecondition(f"the VM of sandbox {self.sandbox_id} has ended")
         if running and self._hotplug is None:
             raise FailedPrecondition(f"the VM of sandbox {self.sandbox_id} does not run yet")
-        if not running and (self.plan is None or self._child is not None):
+        if not running and (self.plan is None or self._process is not None):
             raise FailedPrecondition(f"the VM of sandbox {self.sandbox_id} is not prepared, or was started")
 
 

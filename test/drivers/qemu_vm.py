@@ -42,7 +42,7 @@ class Machine:
             gevent.sleep(0.01)
 
     def qmp(self, command, **arguments):
-        return self.vm._qmp.execute(command, **arguments)
+        return self.vm._process.qmp.execute(command, **arguments)
 
     def pci_paths(self):
         """``{qdev id: guest address}`` of every device, as QEMU itself tells."""

@@ -155,8 +155,8 @@ def test_the_guest_resets_the_machine(machine):
 def test_the_death_of_qemu_fails_who_waits_at_once(machine):
     one = machine()
     one.boot()
-    waiting = gevent.spawn(one.vm._qmp.wait_event, "NEVER", None, 60)
-    stuck = gevent.spawn(one.vm._qmp.channel.exchange, "stuck", lambda line: Event().wait(), 60)
+    waiting = gevent.spawn(one.vm._process.qmp.wait_event, "NEVER", None, 60)
+    stuck = gevent.spawn(one.vm._process.qmp.channel.exchange, "stuck", lambda line: Event().wait(), 60)
     gevent.sleep(0)
     os.kill(one.vm.pids()[0], signal.SIGKILL)
     assert one.vm.wait(LONG) == (137, "killed by SIGKILL")
@@ -168,7 +168,7 @@ def test_the_death_of_qemu_fails_who_waits_at_once(machine):
 def test_stop_gets_past_a_stuck_exchange(machine):
     one = machine()
     one.boot()
-    stuck = gevent.spawn(one.vm._qmp.channel.exchange, "stuck", lambda line: Event().wait(), None)
+    stuck = gevent.spawn(one.vm._process.qmp.channel.exchange, "stuck", lambda line: Event().wait(), None)
     gevent.sleep(0)
     assert one.vm.queue().holder.op == "stuck"
     begun = time.monotonic()
@@ -301,6 +301,47 @@ def test_verbs_before_their_time(machine):
             verb()
 
 
+def test_a_microvms_initrd_fills_its_pages(machine, tmp_path):
+    """Else it would overwrite the ACPI tables that newer firmware puts at the end of memory."""
+    initrd = tmp_path / "odd"
+    initrd.write_bytes(b"0123456789" * 1000)
+    one = machine(machine_type="microvm", initrd=str(initrd))
+    one.boot()
+    with open(f"/proc/{one.vm.pids()[0]}/cmdline", "rb") as file:
+        argv = file.read().split(b"\0")
+    name = argv[argv.index(b"-initrd") + 1].decode().replace("self", str(one.vm.pids()[0]))
+    with open(name, "rb") as file:
+        assert file.read() == initrd.read_bytes() + bytes(12288 - 10000)
+    even = tmp_path / "even"
+    even.write_bytes(bytes(8192))
+    other = machine(machine_type="microvm", initrd=str(even))
+    other.boot()
+    with open(f"/proc/{other.vm.pids()[0]}/cmdline", "rb") as file:
+        assert os.fsencode(even) in file.read().split(b"\0")
+
+
+def test_a_stop_while_the_launch_waits(machine, monkeypatch):
+    from katashim.drivers import qemu_process
+    copied, go = Event(), Event()
+    in_thread = qemu_process.green.in_thread
+
+    def slow(*args, **options):
+        copied.set()
+        go.wait()
+        return in_thread(*args, **options)
+
+    monkeypatch.setattr(qemu_process.green, "in_thread", slow)
+    one = machine(machine_type="microvm")
+    one.vm.prepare()
+    starting = gevent.spawn(one.vm.start, LONG)
+    assert copied.wait(LONG)
+    one.vm.stop(LONG)
+    go.set()
+    starting.join(LONG)
+    assert isinstance(starting.exception, FailedPrecondition)
+    assert one.vm.pids() == [] and one.vm.wait(0) is not None
+
+
 # -- devices at boot ------------------------------------------------------------------------------
 def test_devices_at_boot_are_where_the_driver_says(machine, taps, tmp_path):
     image = disk_file(tmp_path, "image")
@@ -404,7 +445,7 @@ def test_a_plug_whose_replies_were_lost_is_recognised(machine, tmp_path):
     """QEMU did it, the answer came too late: trying again must not end in "Duplicate nodes"."""
     one = machine()
     one.boot()
-    execute, lost = one.vm._qmp.execute, []
+    execute, lost = one.vm._process.qmp.execute, []
 
     def execute_and_lose(command, **arguments):
         reply = execute(command, **arguments)
@@ -413,7 +454,7 @@ def test_a_plug_whose_replies_were_lost_is_recognised(machine, tmp_path):
             raise DeadlineExceeded(f"the reply to {command} is late")
         return reply
 
-    one.vm._qmp.execute = execute_and_lose
+    one.vm._process.qmp.execute = execute_and_lose
     wanted = disk(tmp_path, "a")
     for step in ("blockdev-add", "device_add"):
         with pytest.raises(DeadlineExceeded, match=step):
