@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -184,21 +185,19 @@ class Streams:
     @staticmethod
     def _read(reader):
         fd, data, ended, _ = reader
-        opened = False                  # until a writer was there, an end of file is none
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
         while True:
             try:
                 piece = os.read(fd, 1 << 16)
             except BlockingIOError:
-                opened = True
                 gevent.socket.wait_read(fd)
                 continue
-            if piece:
-                opened = True
-                data += piece
-            elif opened:
+            data += piece
+            if not piece and poller.poll(0):        # a hang-up: a writer was there, and has gone
                 ended.set()
                 return
-            else:
+            if not piece:
                 gevent.sleep(0.005)
 
 
@@ -479,7 +478,8 @@ class Daemon(Pod):
 
     def await_exit(self, timeout_s=WAIT_S):
         """Wait until the shim has ended by itself; whether it has."""
-        return child.wait_gone(self.pid, self.start_time, timeout_s)
+        return green.in_thread(child.wait_gone, self.pid, self.start_time, timeout_s, timeout_s=timeout_s + 5,
+                               what="the end of the shim")
 
     def log(self):
         with open(self.log_path) as file:
@@ -489,7 +489,7 @@ class Daemon(Pod):
         try:
             if child.is_alive(self.pid, self.start_time):
                 self.shut_down()
-                if not green.in_thread(self.await_exit, what="the end of the shim", timeout_s=20):
+                if not self.await_exit():
                     self.kill()
                     raise AssertionError(f"the shim did not end after its Shutdown:\n{self.log()}")
         finally:
