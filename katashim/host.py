@@ -19,7 +19,7 @@ CACHE_DIR = "/run/katashim"
 # Loops per second of kernel-mode code under KVM. Real hardware does 10^9, a nested hypervisor that is
 # itself emulated 10^8, an emulated kernel mode 10^6: there Linux needs minutes to boot, or crashes.
 _NATIVE_LOOPS_PER_S = 20_000_000
-_PROBE_DEADLINE_S = 3
+_PROBE_DEADLINE_S = 5
 _KVM_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
 
 
@@ -222,7 +222,7 @@ def _boot_id():
 
 
 def _cached(name, key, measure):
-    """The answer kept under `name`, or a fresh one when none is kept or `key` has changed.
+    """The answer (a dict) kept under `name`, or a fresh one when none is kept or `key` has changed.
 
     Where the cache cannot be written (another user, a full /run), the answer is simply not kept.
     """
@@ -235,7 +235,8 @@ def _cached(name, key, measure):
     except (OSError, ValueError, KeyError, TypeError):
         pass                                    # none, or cut off, or of another version: measure
     answer = measure()
-    _keep(path, {"key": key, "answer": answer})
+    if "error" not in answer:                   # which may be over the next time
+        _keep(path, {"key": key, "answer": answer})
     return answer
 
 

@@ -59,7 +59,13 @@ def test_kvm_is_measured_once_per_boot(monkeypatch, cache):
 
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
     monkeypatch.setattr(host, "CACHE_DIR", "/proc/nowhere")
-    assert host._cached("x", 1, lambda: 42) == 42
+    assert host._cached("x", 1, lambda: {"it": 42}) == {"it": 42}
+
+
+def test_a_failure_is_not_kept(cache):
+    assert host._cached("x", 1, lambda: {"error": "busy"}) == {"error": "busy"}
+    assert host._cached("x", 1, lambda: {"it": 42}) == {"it": 42}
+    assert host._cached("x", 1, lambda: {"error": "busy"}) == {"it": 42}
 
 
 def test_without_the_device(monkeypatch):
