@@ -7,6 +7,7 @@ inside the sandbox's.
 
 import logging
 
+import gevent
 from gevent.lock import BoundedSemaphore
 
 from katashim import oci, state
@@ -23,13 +24,14 @@ from katashim.errors import (
 )
 from katashim.resources import block, rootfs, specmut, volume
 from katashim.runtime import events
-from katashim.runtime.process import CREATED, PAUSED, RUNNING, STOPPED, Process
+from katashim.runtime.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process
 
 log = logging.getLogger(__name__)
 
 SIGKILL, SIGTERM = 9, 15
 _REMOVE_S = 10              # what the agent gets to remove a container
 _END_S = 30                 # for the end of a process that was killed in order to be deleted
+_EXECS_END_S = 5            # for the ends of execs to be seen after their container was removed
 
 
 class Container:
@@ -149,12 +151,22 @@ class Container:
         """Give back all that it holds, in the guest first."""
         if self._in_guest:
             self._remove_from_guest()
+        self._end_execs()
         for process in (self.init, *self.execs.values()):
             process.close()
         self._set_cpuset(None)
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.finish()
+
+    def _end_execs(self):
+        """Those that ran have ended with it in the guest: their last output and their exits are on their way."""
+        running = [process for process in self.execs.values() if process.status == RUNNING]
+        for process in running:
+            process.hurry()
+        gevent.wait([process.exited for process in running], timeout=_EXECS_END_S)
+        for process in running:
+            process.end(KILLED)
 
     def _remove_from_guest(self):
         try:
@@ -194,9 +206,11 @@ class Container:
         try:
             process.open_stdio(self.sandbox.namespace)
             self.sandbox.agent.ExecProcess(**process.ids, process=agent_oci.process_to_proto(process.spec))
+            if process.exited.is_set():
+                raise FailedPrecondition(f"exec {process.name} went with its container while it started")
             process.started()
-            process.attend()
             self.sandbox.publish(events.exec_started(process))
+            process.attend()
         except BaseException:
             process.close()
             raise
@@ -243,9 +257,7 @@ class Container:
             if self.init.status != RUNNING:
                 raise FailedPrecondition(f"container {self.id} cannot be paused: it is {self.init.status}")
             self.sandbox.agent.PauseContainer(container_id=self.id)
-            if self.init.status == RUNNING:
-                self.init.status = PAUSED
-        self.sandbox.publish(events.paused(self))
+            self._switch(RUNNING, PAUSED, events.paused)
 
     def resume(self):
         """Let its processes go on."""
@@ -253,9 +265,14 @@ class Container:
             if self.init.status != PAUSED:
                 raise FailedPrecondition(f"container {self.id} cannot be resumed: it is {self.init.status}")
             self.sandbox.agent.ResumeContainer(container_id=self.id)
-            if self.init.status == PAUSED:
-                self.init.status = RUNNING
-        self.sandbox.publish(events.resumed(self))
+            self._switch(PAUSED, RUNNING, events.resumed)
+
+    def _switch(self, before, after, event):
+        """The agent has done it; but the container's end, which may have come meanwhile, is final."""
+        if self.init.status != before:
+            raise FailedPrecondition(f"container {self.id} has ended meanwhile")
+        self.init.status = after
+        self.sandbox.publish(event(self))
 
     def update(self, resources):
         """Change its limits. :param resources: OCI LinuxResources, a dict."""

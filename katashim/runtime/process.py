@@ -78,7 +78,13 @@ class Process:
         waiter = green.spawn(f"end of {self.name}", self._await_end, agent, outputs)
         self._greenlets = [*outputs, stdin, waiter]
         if self._size is not None:
+            self._resize_first()
+
+    def _resize_first(self):
+        try:
             self.resize(*self._size)
+        except (AgentError, ConnectionClosed) as exc:   # it has ended already
+            log.debug("the terminal of %s keeps its size: %s", self.name, exc)
 
     def started(self):
         """The start has succeeded. (An end that was seen meanwhile stays the end.)"""
@@ -165,5 +171,7 @@ class Process:
         except ConnectionClosed:
             return KILLED
         except KatashimError as exc:
+            if self._hurry.is_set():        # it was killed, and the agent has forgotten it
+                return KILLED
             log.warning("the end of %s is not known: %s", self.name, exc)
             return UNKNOWN_STATUS

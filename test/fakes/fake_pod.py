@@ -250,8 +250,9 @@ class Place:
         """Make a bundle; returns its path."""
         path = os.path.join(self.directory, f"bundle-{container_id}")
         os.makedirs(path, exist_ok=True)
-        with open(os.path.join(path, "config.json"), "w") as file:
+        with tempfile.NamedTemporaryFile("w", dir=path, delete=False) as file:
             json.dump(container_spec, file)
+        os.rename(file.name, os.path.join(path, "config.json"))     # two clients may use one name
         return path
 
     def streams(self, **options):

@@ -138,6 +138,43 @@ def test_deleting_an_exec_that_was_never_started(pod, faults):
         pod.call("Start", id="c1", exec_id="e1")
 
 
+def test_an_exec_that_runs_when_its_container_is_deleted_has_its_exit_told_before(pod, faults):
+    pod.start("c1", "sleep", "1000")
+    io = pod.streams().read()
+    pod.exec("c1", "e1", "sh", "-c", "echo last words; sleep 1000", io=io)
+    io.await_text(b"words")
+    waiting = pod.spawn("Wait", id="c1", exec_id="e1")
+    pod.call("Kill", id="c1", exec_id="c1", signal=9)       # the first process alone
+    pod.wait("c1")
+    pod.call("Delete", id="c1")
+    assert waiting.get(timeout=5).exit_status == 137
+    assert io.output() == b"last words\n"
+    pod.flush()
+    assert pod.events.of("c1")[-3:] == ["exit", "exit e1", "delete"]
+
+
+def test_an_exec_whose_container_is_deleted_while_it_starts(pod, faults):
+    pod.start("c1", "sleep", "1000")
+    faults("ExecProcess=late:0.3")
+    pod.add_exec("c1", "e1", "sleep", "1000")
+    starting = pod.spawn("Start", id="c1", exec_id="e1")
+    gevent.sleep(0.1)
+    pod.remove("c1")
+    starting.join(5)
+    assert isinstance(starting.exception, errors.FailedPrecondition)
+    pod.flush()
+    assert "exec-started e1" not in pod.events.of("c1")
+
+
+def test_the_size_of_a_terminal_that_has_gone_is_no_reason_to_fail(pod, faults):
+    pod.start("c1", "sleep", "1000")
+    faults("TtyWinResize=refuse:5")
+    pod.add_exec("c1", "e1", "true", io=pod.streams(terminal=True).read(), terminal=True)
+    pod.call("ResizePty", id="c1", exec_id="e1", width=80, height=25)
+    pod.call("Start", id="c1", exec_id="e1")
+    assert pod.wait("c1", "e1") == 0
+
+
 def test_a_snapshot_is_plain_data(pod, faults):
     pod.start("c1", "sleep", "1000")
     pod.add_exec("c1", "e1", "true")
