@@ -26,6 +26,7 @@ KERNELS = ("debian", "source")
 
 # What a host puts on the kernel's command line for this guest, beside its own console and root=.
 KERNEL_PARAMS = ("systemd.unified_cgroup_hierarchy=1", "cgroup_no_v1=all")
+_OUTPUT_WAIT_S = 120
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _BUILDERS = ("build.py", "initrd.py", "initrd.sh", "kernel.py", "rootfs.py", "tables.py", "wire.py")
 
@@ -51,12 +52,16 @@ def build(output_dir=DEFAULT_OUTPUT, kernel_flavour="debian", progress=print, *,
         if manifest is not None and manifest["recipe"] == recipe and _is_whole(output_dir, manifest):
             progress(f"the guest in {output_dir} is up to date")
             return manifest
-    with cache.Cache(cache_dir) as layers:
-        if update:
-            layers.drop("packages")
-        packages, base, kernel_layer = _layers(layers, kernel_flavour, progress, jobs)
+    rootfs.require_tools()
+    kernel.require_tools(kernel_flavour)
+    layers = cache.Cache(cache_dir)
+    if update:
+        layers.drop("packages")
+    packages, base, kernel_layer = _layers(layers, kernel_flavour, progress, jobs)
+    os.makedirs(output_dir, exist_ok=True)
+    with cache.Lock(os.path.join(output_dir, ".lock"), _OUTPUT_WAIT_S, output_dir):
         manifest = _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, progress)
-        layers.prune()
+    layers.prune()
     return manifest
 
 
@@ -103,7 +108,9 @@ def _layers(layers, kernel_flavour, progress, jobs):
             kernel.from_package(package, path)
 
     base = layers.layer("base", cache.key_of(versions, cache.file_hash(rootfs.__file__)), make_base)
-    sources = [cache.file_hash(kernel.__file__)] + [cache.file_hash(kernel.CONFIG)] * (kernel_flavour == "source")
+    # A kernel that takes minutes to build is not built anew for each change of our code.
+    sources = ((kernel.SOURCE_RECIPE, cache.file_hash(kernel.CONFIG)) if kernel_flavour == "source"
+               else cache.file_hash(kernel.__file__))
     kernel_layer = layers.layer(
         f"kernel-{kernel_flavour}", cache.key_of(cache.file_hash(os.path.join(packages, "kernel.deb")), sources),
         make_kernel)
@@ -112,7 +119,6 @@ def _layers(layers, kernel_flavour, progress, jobs):
 
 def _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, progress):
     """Write all files into a directory beside `output_dir`'s, then put them in place, the manifest last."""
-    os.makedirs(output_dir, exist_ok=True)
     for left in glob.glob(os.path.join(output_dir, ".making-*")):
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=output_dir) as work:

@@ -2,8 +2,9 @@
 
     /var/cache/katashim/guest/
         packages-<key>/     Debian's packages, unpacked, and the kernel's package
+        base-<key>/         the root without the agent
         kernel-<key>/       vmlinux and modules, extracted or built
-        lock                held while a build writes
+        locks/              one file for each layer, held while it is made
 
 A layer is made in a directory beside its place and renamed, so one that exists is whole. The key is
 the hash of everything the layer was made from: a layer never changes, it is only replaced by
@@ -21,6 +22,7 @@ from katashim.errors import DeadlineExceeded
 
 DEFAULT_DIR = "/var/cache/katashim/guest"
 KEEP_DAYS = 30
+_LOCKS, _MAKING = "locks", ".making"
 
 
 def key_of(*inputs):
@@ -35,67 +37,79 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Lock:
+    """A file that one build holds at a time, to be used as a context manager.
+
+    :param wait_s: how long to wait for another. :param what: what it stands for, for the error.
+    :raises DeadlineExceeded: another build holds it for longer.
+    """
+
+    def __init__(self, path, wait_s, what):
+        self._path, self._wait_s, self._what = path, wait_s, what
+
+    def __enter__(self):
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        end = time.monotonic() + self._wait_s
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
+            except BlockingIOError as exc:
+                if time.monotonic() > end:
+                    os.close(self._fd)
+                    raise DeadlineExceeded(
+                        f"waited {self._wait_s} s for another guest build that makes {self._what}") from exc
+                time.sleep(0.2)
+
+    def __exit__(self, *error):
+        os.close(self._fd)
+        return False
+
+
 class Cache:
-    """The directory of layers, to be used as a context manager, which holds its lock.
+    """The directory of layers.
 
     :param root: path of the cache; made when missing.
-    :param wait_s: how long to wait for another build.
+    :param wait_s: how long to wait for another build that makes the same layer.
     """
 
     def __init__(self, root=DEFAULT_DIR, wait_s=1800):
         self.root = root
         self._wait_s = wait_s
-        self._lock = None
-
-    def __enter__(self):
-        os.makedirs(self.root, exist_ok=True)
-        self._lock = open(os.path.join(self.root, "lock"), "w")
-        end = time.monotonic() + self._wait_s
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self
-            except BlockingIOError as exc:
-                if time.monotonic() > end:
-                    self._lock.close()
-                    raise DeadlineExceeded(
-                        f"waited {self._wait_s} s for another guest build to leave {self.root}") from exc
-                time.sleep(0.2)
-
-    def __exit__(self, *error):
-        self._lock.close()
-        return False
+        os.makedirs(os.path.join(root, _LOCKS), exist_ok=True)
 
     def layer(self, name, key, make):
         """The directory of the layer `name` with `key`; `make(directory)` fills it when it is not there."""
         path = os.path.join(self.root, f"{name}-{key}")
-        if not os.path.isdir(path):
-            making = f"{path}.making"
-            if os.path.isdir(making):
-                shutil.rmtree(making)
-            os.mkdir(making)
-            try:
-                make(making)
-            except BaseException:
-                shutil.rmtree(making)
-                raise
-            os.rename(making, path)
-        os.utime(path)
+        with Lock(os.path.join(self.root, _LOCKS, f"{name}-{key}"), self._wait_s, f"the layer {name}-{key}"):
+            if not os.path.isdir(path):
+                making = f"{path}{_MAKING}"
+                if os.path.isdir(making):
+                    shutil.rmtree(making)
+                os.mkdir(making)
+                try:
+                    make(making)
+                except BaseException:
+                    shutil.rmtree(making)
+                    raise
+                os.rename(making, path)
+            os.utime(path)
         return path
 
     def drop(self, name):
         """Forget all layers called `name`, so that the next build makes it anew."""
         for entry in self._layers():
-            if entry.rpartition("-")[0] == name:
+            if entry.rpartition("-")[0] == name and not entry.endswith(_MAKING):
                 shutil.rmtree(os.path.join(self.root, entry))
 
     def prune(self, keep_days=KEEP_DAYS):
-        """Delete layers that were not used for `keep_days`, and what an interrupted build left."""
+        """Delete layers that were not used, or were left half made, for `keep_days`."""
         oldest = time.time() - keep_days * 86400
         for entry in self._layers():
             path = os.path.join(self.root, entry)
-            if entry.endswith(".making") or os.stat(path).st_mtime < oldest:
+            if os.stat(path).st_mtime < oldest:
                 shutil.rmtree(path)
 
     def _layers(self):
-        return [entry for entry in sorted(os.listdir(self.root)) if os.path.isdir(os.path.join(self.root, entry))]
+        return [entry for entry in sorted(os.listdir(self.root))
+                if entry != _LOCKS and os.path.isdir(os.path.join(self.root, entry))]

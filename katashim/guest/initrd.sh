@@ -46,5 +46,10 @@ until [ -b "$root" ]; do
     [ -b "$root" ] || sleep 0.05
 done
 
+# Programs are read in a few large pieces: each request costs a round through the emulator.
+mount -t sysfs sys /sys
+ahead=/sys/class/block/${root#/dev/}/queue/read_ahead_kb
+[ ! -e "$ahead" ] || echo 4096 >"$ahead"
+
 mount -t "$type" -o "$flags" "$root" /root || fail "cannot mount $root as $type"
 exec switch_root /root "$init"

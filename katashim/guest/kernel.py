@@ -20,6 +20,7 @@ import struct
 from katashim.errors import FailedPrecondition, InvalidArgument
 from katashim.guest import commands
 
+SOURCE_RECIPE = 1       # to be raised when from_source does something else with the same source and CONFIG
 CONFIG = os.path.join(os.path.dirname(__file__), "kernel.config")
 
 # What reaches the root image, in the initrd: buses, disks, filesystems that a root may have.
@@ -55,6 +56,20 @@ _MAGIC = (
     (b"BZh", ["bzip2", "-d", "-c", "-q"]),
     (b"\x5d\x00\x00", ["xz", "--format=lzma", "-d", "-c", "-q"]),
 )
+
+
+def require_tools(flavour):
+    """Check for the programs that a kernel of that `flavour` is made with.
+
+    :raises FailedPrecondition: names those that are missing, and the command that installs them.
+    """
+    if flavour == "debian":
+        commands.require({"dpkg-deb": "dpkg", "lz4": "lz4", "zstd": "zstd", "xz": "xz-utils"})
+        return
+    commands.require({"dpkg-deb": "dpkg", "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc",
+                      "ld": "binutils", "xz": "xz-utils"})
+    if not os.path.exists("/usr/include/libelf.h"):
+        raise FailedPrecondition("building the kernel from source needs libelf.h: apt-get install libelf-dev")
 
 
 def extract(bzimage):
@@ -102,10 +117,6 @@ def from_source(source_package, directory, jobs, progress):
 
     It takes 3 minutes on two idle cores; the compiler runs with lowest priority.
     """
-    commands.require({"gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc",
-                      "ld": "binutils", "xz": "xz-utils"})
-    if not os.path.exists("/usr/include/libelf.h"):
-        raise FailedPrecondition("building the kernel from source needs libelf.h: apt-get install libelf-dev")
     tree = os.path.join(directory, "unpacked")
     commands.run(["dpkg-deb", "-x", source_package, tree], what="unpacking the kernel's source package")
     (archive,) = glob.glob(os.path.join(tree, "usr/src/linux-source-*.tar.xz"))

@@ -46,10 +46,17 @@ _PACKAGE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _UUID = "6b617461-7368-696d-0000-67756573740a"      # the same for every build: the content is what differs
 
 
+def require_tools():
+    """Check for the programs that the root is made with.
+
+    :raises FailedPrecondition: names those that are missing, and the command that installs them.
+    """
+    commands.require({"mmdebstrap": "mmdebstrap", "dpkg-deb": "dpkg", "mkfs.erofs": "erofs-utils"})
+
+
 def fetch_packages(directory, kernel_flavour, progress):
     """Download and unpack the packages: ``root.tar`` and ``kernel.deb`` in `directory`, with their versions
     in ``versions`` (lines of name, space, version)."""
-    commands.require({"mmdebstrap": "mmdebstrap", "dpkg-deb": "dpkg"})
     take_kernel = (
         'export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"; cd "$KATASHIM_LAYER"; '
         f'package=$(apt-cache depends --important {KERNEL_PACKAGE[kernel_flavour]} '
@@ -102,7 +109,6 @@ def unpack_base(packages_layer, directory):
 
 def make_image(base_layer, kernel_layer, work, output):
     """Write the EROFS image `output`: the base tree, modules of the kernel and the agent, in `work`."""
-    commands.require({"mkfs.erofs": "erofs-utils"})
     tree = os.path.join(work, "tree")
     commands.run(["cp", "-a", "--reflink=auto", os.path.join(base_layer, "tree"), tree], what="copying the root")
     for path in _MOUNT_POINTS:

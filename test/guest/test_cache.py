@@ -16,9 +16,9 @@ def test_a_layer_is_made_once(tmp_path):
         with open(os.path.join(path, "f"), "w") as file:
             file.write("x")
 
-    with cache.Cache(str(tmp_path)) as layers:
-        first = layers.layer("kernel", "1", make)
-        assert layers.layer("kernel", "1", make) == first
+    layers = cache.Cache(str(tmp_path))
+    first = layers.layer("kernel", "1", make)
+    assert layers.layer("kernel", "1", make) == first
     assert len(made) == 1
     assert os.listdir(first) == ["f"]
 
@@ -28,40 +28,42 @@ def test_one_that_fails_is_not_there_and_can_be_tried_again(tmp_path):
         with open(os.path.join(path, "half"), "w"):
             raise KeyError
 
-    with cache.Cache(str(tmp_path)) as layers:
-        with pytest.raises(KeyError):
-            layers.layer("kernel", "1", fail)
-        assert os.listdir(layers.layer("kernel", "1", lambda path: None)) == []
+    layers = cache.Cache(str(tmp_path))
+    with pytest.raises(KeyError):
+        layers.layer("kernel", "1", fail)
+    assert os.listdir(layers.layer("kernel", "1", lambda path: None)) == []
 
 
 def test_what_an_interrupted_build_left_is_in_nobodys_way(tmp_path):
     (tmp_path / "kernel-1.making").mkdir()
     (tmp_path / "kernel-1.making" / "half").write_text("x")
-    with cache.Cache(str(tmp_path)) as layers:
-        assert os.listdir(layers.layer("kernel", "1", lambda path: None)) == []
-        (tmp_path / "other-2.making").mkdir()
-        layers.prune()
-    assert sorted(os.listdir(tmp_path)) == ["kernel-1", "lock"]
+    assert os.listdir(cache.Cache(str(tmp_path)).layer("kernel", "1", lambda path: None)) == []
+    assert sorted(os.listdir(tmp_path)) == ["kernel-1", "locks"]
 
 
 def test_dropping_and_pruning(tmp_path):
-    with cache.Cache(str(tmp_path)) as layers:
-        for name, key in (("kernel-source", "1"), ("packages", "1"), ("packages", "2")):
-            layers.layer(name, key, lambda path: None)
-        layers.drop("packages")
-        assert sorted(os.listdir(tmp_path)) == ["kernel-source-1", "lock"]
-        os.utime(tmp_path / "kernel-source-1", (0, 0))
-        layers.prune()
-        assert os.listdir(tmp_path) == ["lock"]
+    layers = cache.Cache(str(tmp_path))
+    for name, key in (("kernel-source", "1"), ("packages", "1"), ("packages", "2")):
+        layers.layer(name, key, lambda path: None)
+    layers.drop("packages")
+    assert sorted(os.listdir(tmp_path)) == ["kernel-source-1", "locks"]
+    layers.prune()
+    assert sorted(os.listdir(tmp_path)) == ["kernel-source-1", "locks"]
+    os.utime(tmp_path / "kernel-source-1", (0, 0))
+    layers.prune()
+    assert os.listdir(tmp_path) == ["locks"]
 
 
-def test_two_builds_do_not_meet(tmp_path):
-    with cache.Cache(str(tmp_path)):
-        with pytest.raises(DeadlineExceeded, match="another guest build"):
-            with cache.Cache(str(tmp_path), wait_s=0):
-                pass
-    with cache.Cache(str(tmp_path), wait_s=0):
-        pass
+def test_two_builds_do_not_make_the_same_layer(tmp_path):
+    layers = cache.Cache(str(tmp_path), wait_s=0)
+
+    def make(path):
+        layers.layer("other", "1", lambda inner: None)
+        with pytest.raises(DeadlineExceeded, match="another guest build that makes the layer kernel-1"):
+            layers.layer("kernel", "1", make)
+
+    layers.layer("kernel", "1", make)
+    assert sorted(os.listdir(tmp_path)) == ["kernel-1", "locks", "other-1"]
 
 
 def test_keys_tell_inputs_apart():

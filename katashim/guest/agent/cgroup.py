@@ -125,12 +125,20 @@ class OomWatch:
                 self._thread = threading.Thread(target=self._run, name="oom", daemon=True)
                 self._thread.start()
 
+    def look(self, cid):
+        """Look at a container now: its end may come before the thread's next round."""
+        with self._lock:
+            for fd in self._fds_of(cid):
+                self._look(fd)
+
     def forget(self, cid):
         """Stop watching a container."""
         with self._lock:
-            for fd, (known, _, _) in list(self._watched.items()):
-                if known == cid:
-                    self._close(fd)
+            for fd in self._fds_of(cid):
+                self._close(fd)
+
+    def _fds_of(self, cid):
+        return [fd for fd, (known, _, _) in self._watched.items() if known == cid]
 
     def _open(self, cgroup):
         """``(fds, poll mask)``; the first fd is the one that becomes ready."""
@@ -161,7 +169,10 @@ class OomWatch:
                 self._close(fd)
                 self._tell(cid)
         else:
-            os.eventfd_read(fd)
+            try:
+                os.eventfd_read(fd)
+            except BlockingIOError:
+                return
             self._tell(cid)
 
     def _close(self, fd):

@@ -77,6 +77,8 @@ class ProcessRpcs(Rpcs):
     def WaitProcess(self, request):
         container = self._container(request)
         status = container.process(request.exec_id).end.wait()
+        if request.exec_id in ("", container.id):
+            self.sandbox.has_ended(container.id)
         # Whoever did not hear of the status may ask again.
         return Answer(self.make("grpc.WaitProcessResponse", status=status), lambda: container.forget(request.exec_id))
 

@@ -4,7 +4,6 @@ Called by storage.py, container.py, rpcs of sandbox.py. The option words are tho
 """
 
 import os
-import shutil
 
 from katashim.guest.agent import linux
 from katashim.guest.agent.rpcerror import INVALID_ARGUMENT, RpcError
@@ -130,7 +129,18 @@ def remove_tree(path):
     """Delete a directory of the agent's, without following a mount into anybody's data."""
     if os.path.isdir(path):
         unmount_below(path)
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(path):
+    """Delete a directory with all in it (shutil, which does the same, takes 45 ms of the guest's start to load)."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _delete(entry.path)
+            else:
+                os.unlink(entry.path)
+    os.rmdir(path)
 
 
 def _unescape(text):

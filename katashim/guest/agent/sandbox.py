@@ -119,9 +119,13 @@ class Sandbox:
     def start_container(self, cid):
         """Run a container's program, and watch its memory unless it is the pod's own."""
         container = self.container(cid)
-        container.start()
         if cid != self.id and container.cgroup is not None:
             self._oom_watch.watch(cid, container.cgroup)
+        container.start()
+
+    def has_ended(self, cid):
+        """The init of a container has: an OOM kill is told before its status, which may be the end of all."""
+        self._oom_watch.look(cid)
 
     def remove_container(self, cid):
         """Take a container away."""
