@@ -15,6 +15,7 @@ handed in by the caller (katashim.resources.releases), so that this module stand
 import json
 import logging
 import os
+import threading
 
 from katashim.errors import KatashimError
 
@@ -41,8 +42,9 @@ class Entry:
 
     def release(self):
         """Release the thing now and take it off the stack. An error leaves it there and is raised."""
-        self._stack._run(self)
-        self.forget()
+        with self._stack._turn:
+            self._stack._run(self)
+            self.forget()
 
     def forget(self):
         """Take it off the stack without a release: it is gone already, or not ours any more."""
@@ -69,6 +71,9 @@ class Undo:
         self._releases = releases or {}
         self._call = run or _run_here
         self._entries = []
+        # Who releases. A Delete and the end of its sandbox may want the same things released at once.
+        # (threading's lock: of greenlets in the daemon, where it is patched; of no use elsewhere.)
+        self._turn = threading.RLock()
 
     def __len__(self):
         return len(self._entries)
@@ -119,33 +124,35 @@ class Undo:
             journal, so that `delete` tries them again.
         """
         failed = []
-        while len(self._entries) > down_to:
-            entry = self._entries[-1]
-            if entry.kind == "stack":
-                failed.extend(entry.args["stack"].unwind())
-                self._entries.remove(entry)
-                continue
-            try:
-                self._run(entry)
-                entry.forget()
-            except (KatashimError, OSError) as exc:
-                log.warning("could not release %s: %s", entry.what, exc)
-                failed.append((entry, exc))
-                if entry in self._entries:
-                    self._entries.remove(entry)
+        with self._turn:
+            while len(self._entries) > down_to:
+                entry = self._entries[-1]
+                try:
+                    if entry.kind == "stack":
+                        failed.extend(entry.args["stack"].unwind())
+                    else:
+                        self._run(entry)
+                        entry.forget()
+                except (KatashimError, OSError) as exc:
+                    log.warning("could not release %s: %s", entry.what, exc)
+                    failed.append((entry, exc))
+                self._drop(entry)
         return failed
 
     def finish(self):
         """Unwind a child stack and take it out of its parent's; the same answer as `unwind`."""
         failed = self.unwind()
         parent, entry = self._place
-        if entry in parent._entries:
-            parent._entries.remove(entry)
+        parent._drop(entry)
         return failed
 
     def close(self):
         """Close the journal's file (it stays on disk)."""
         self._journal.close()
+
+    def _drop(self, entry):
+        if entry in self._entries:
+            self._entries.remove(entry)
 
     def _run(self, entry):
         if entry.kind == "call":

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -176,6 +178,41 @@ def test_a_child_is_finished_once_its_parent_was_unwound(stack, things):
     things.acquire(child, "b")
     stack.unwind()
     assert child.finish() == [] and things.released == ["b"]
+
+
+def test_a_child_may_be_finished_by_what_its_parent_releases(stack, things):
+    child = stack.child("c1")
+    things.acquire(child, "a")
+    stack.call("finishing", child.finish)
+    assert stack.unwind() == [] and len(stack) == 0 and things.released == ["a"]
+
+
+def test_two_greenlets_of_the_daemon_take_turns():
+    """A Delete and the teardown of its sandbox: each thing is released once, newest first."""
+    script = '''
+from katashim import green
+green.patch()
+import gevent
+from katashim import undo
+released = []
+def release(name):
+    released.append(name + " begins")
+    gevent.sleep(0.01)
+    released.append(name)
+stack = undo.Undo(releases={"thing": release})
+child = stack.child("c1")
+for name in "ab":
+    child.push("thing", name=name)
+stack.push("thing", name="c")
+both = [gevent.spawn(child.finish), gevent.spawn(stack.unwind)]
+gevent.joinall(both, raise_error=True)
+print([each.value for each in both], len(stack), *released, sep=", ")
+'''
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=True)
+    lines = done.stdout.strip().split(", ")
+    assert lines[:3] == ["[[]", "[]]", "0"]
+    assert sorted(lines[3:]) == ["a", "a begins", "b", "b begins", "c", "c begins"]
+    assert lines.index("b") < lines.index("a begins")
 
 
 # -- the journal ----------------------------------------------------------------------------------
