@@ -4,8 +4,10 @@ Each client does random things to containers of random names. Afterwards every c
 in the order that containerd relies on, every end told once, every refusal foreseen, and nothing left.
 """
 
+import os
 import random
 import re
+import signal
 
 import gevent
 import pytest
@@ -88,6 +90,40 @@ def test_many_clients(kind, seed):
         for name in range(NAMES):
             check_events(pod.events.of(f"c{name}"))
         pod.nothing_is_left()
+    finally:
+        pod.close()
+        place.remove()
+
+
+FATES = {
+    "the VMM dies": lambda pod: os.kill(pod.vmm_pid(), signal.SIGKILL),
+    "the agent hangs up": lambda pod: pod.order(hangup=True),
+    "it is shut down": lambda pod: pod.spawn("Shutdown", id=pod.id, now=True),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_end_of_the_pod_in_the_midst_of_many_clients(fate, seed):
+    place = Place()
+    pod = InProcess(place)
+    try:
+        pod.start(pod.id, "sleep", "1000")
+        clients = [Client(pod, number, seed) for number in range(CLIENTS)]
+        running = [gevent.spawn(client.run) for client in clients]
+        gevent.sleep(0.02 * (seed + 1))
+        FATES[fate](pod)
+        gevent.joinall(running, timeout=20, raise_error=True)
+        assert all(each.ready() for each in running)
+        assert pod.sandbox.life.reached("stopped").wait(10)
+        refusals = [exc for client in clients for exc in client.refusals]
+        assert not [exc for exc in refusals if not foreseen(exc) and exc.code != errors.UNAVAILABLE]
+        clean_up(pod)
+        pod.nothing_is_left()
+        pod.flush()
+        assert pod.events.of(pod.id)[:3] == ["create", "start", "exit"]
+        for name in range(NAMES):
+            check_events(pod.events.of(f"c{name}"))
     finally:
         pod.close()
         place.remove()
