@@ -3,6 +3,7 @@
     vmlinux         uncompressed kernel
     initrd.img      small RAM disk that reaches the root image
     rootfs.img      the root, EROFS, read-only
+    standalone.img  on demand: an initrd that carries the root along, for hosts that boot from an initrd alone
     manifest.json   what is in them, and how a host boots them
 
 Made from Debian packages and our sources, the same bytes from the same inputs, in layers that are
@@ -32,13 +33,14 @@ _BUILDERS = ("build.py", "initrd.py", "initrd.sh", "kernel.py", "rootfs.py", "ta
 
 
 def build(output_dir=DEFAULT_OUTPUT, kernel_flavour="debian", progress=print, *, cache_dir=cache.DEFAULT_DIR,
-          update=False, jobs=None):
+          update=False, standalone=False, jobs=None):
     """Make the guest in `output_dir`, or find that it is there already.
 
     :param kernel_flavour: "debian": the cloud kernel of the Debian package; "source": the small one that
         boots twice as fast, built from Debian's source (takes minutes).
     :param progress: called with a line of text at each step.
     :param update: ask Debian's archive for newer packages, instead of using those that are cached.
+    :param standalone: write ``standalone.img`` too.
     :param jobs: compiler processes at a time, for "source"; None = one per CPU.
     :returns: the manifest, a dict.
     :raises InvalidArgument: no such kernel. :raises FailedPrecondition: a program is missing; says which
@@ -46,7 +48,7 @@ def build(output_dir=DEFAULT_OUTPUT, kernel_flavour="debian", progress=print, *,
     """
     if kernel_flavour not in KERNELS:
         raise InvalidArgument(f"there is no kernel {kernel_flavour!r}, only {' and '.join(KERNELS)}")
-    recipe = recipe_of(kernel_flavour)
+    recipe = recipe_of(kernel_flavour, standalone)
     if not update:
         manifest = read_manifest(output_dir)
         if manifest is not None and manifest["recipe"] == recipe and _is_whole(output_dir, manifest):
@@ -60,16 +62,16 @@ def build(output_dir=DEFAULT_OUTPUT, kernel_flavour="debian", progress=print, *,
     packages, base, kernel_layer = _layers(layers, kernel_flavour, progress, jobs)
     os.makedirs(output_dir, exist_ok=True)
     with cache.Lock(os.path.join(output_dir, ".lock"), _OUTPUT_WAIT_S, output_dir):
-        manifest = _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, progress)
+        manifest = _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, kernel_layer, progress)
     layers.prune()
     return manifest
 
 
-def recipe_of(kernel_flavour):
-    """The hash of everything that we decide: our sources and the choice of kernel."""
+def recipe_of(kernel_flavour, standalone=False):
+    """The hash of everything that we decide: our sources and the choice of kernel and files."""
     paths = [os.path.join(_HERE, name) for name in _BUILDERS] + [kernel.CONFIG] + rootfs.agent_sources()
     paths.append(rootfs.tables.DESCRIPTORS)
-    return cache.key_of(FORMAT, VERSION, kernel_flavour, [cache.file_hash(path) for path in paths])
+    return cache.key_of(FORMAT, VERSION, kernel_flavour, standalone, [cache.file_hash(path) for path in paths])
 
 
 def read_manifest(output_dir):
@@ -117,7 +119,7 @@ def _layers(layers, kernel_flavour, progress, jobs):
     return packages, base, kernel_layer
 
 
-def _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, progress):
+def _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, kernel_layer, progress):
     """Write all files into a directory beside `output_dir`'s, then put them in place, the manifest last."""
     for left in glob.glob(os.path.join(output_dir, ".making-*")):
         shutil.rmtree(left)
@@ -126,10 +128,13 @@ def _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, 
         os.mkdir(new)
         shutil.copyfile(os.path.join(kernel_layer, "vmlinux"), os.path.join(new, "vmlinux"))
         progress("writing the initrd")
-        with open(os.path.join(new, "initrd.img"), "wb") as file:
-            file.write(initrd.make(base, kernel_layer))
+        _write(os.path.join(new, "initrd.img"), initrd.make(base, kernel_layer))
         progress("writing the root image")
-        rootfs.make_image(base, kernel_layer, work, os.path.join(new, "rootfs.img"))
+        image = os.path.join(new, "rootfs.img")
+        rootfs.make_image(base, kernel_layer, work, image)
+        if standalone:
+            progress("writing the initrd that carries the root")
+            _write(os.path.join(new, "standalone.img"), initrd.make(base, kernel_layer, image))
         with open(os.path.join(kernel_layer, "release")) as file:
             release = file.read()
         files = {name: {"bytes": os.path.getsize(os.path.join(new, name)),
@@ -148,3 +153,8 @@ def _assemble(output_dir, recipe, kernel_flavour, packages, base, kernel_layer, 
             os.replace(os.path.join(new, name), os.path.join(output_dir, name))
     progress(f"the guest is in {output_dir}: kernel {release}")
     return manifest
+
+
+def _write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)

@@ -23,6 +23,8 @@ def add_arguments(parser):
     make.add_argument("--cache", metavar="DIR", default=cache.DEFAULT_DIR,
                       help="where packages and kernels are kept (default: %(default)s)")
     make.add_argument("--update", action="store_true", help="look for newer packages")
+    make.add_argument("--standalone", action="store_true",
+                      help="also write standalone.img, an initrd that carries the root along")
     make.add_argument("--jobs", type=int, help="compiler processes for --kernel source")
     show = commands.add_parser("show", help="print the manifest of a guest")
     show.add_argument("--output", metavar="DIR", default=build.DEFAULT_OUTPUT, help="the guest's directory")
@@ -44,7 +46,8 @@ def main(args):
     def progress(text):
         print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
 
-    build.build(args.output, args.kernel, progress, cache_dir=args.cache, update=args.update, jobs=args.jobs)
+    build.build(args.output, args.kernel, progress, cache_dir=args.cache, update=args.update,
+                standalone=args.standalone, jobs=args.jobs)
     return 0
 
 

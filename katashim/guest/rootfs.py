@@ -11,6 +11,7 @@ Called by build.py; plain.
 import glob
 import os
 import shutil
+import struct
 import subprocess
 
 from katashim.guest import commands, kernel, tables
@@ -43,6 +44,7 @@ main()
 _AGENT_FILES = ("__init__.py", "errors.py", "ttrpc/__init__.py", "ttrpc/frame.py", "guest/__init__.py",
                 "guest/wire.py", "guest/agent/*.py")
 _PACKAGE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_LINUX_PARTITION = 0x83
 _UUID = "6b617461-7368-696d-0000-67756573740a"      # the same for every build: the content is what differs
 
 
@@ -115,9 +117,25 @@ def make_image(base_layer, kernel_layer, work, output):
         os.makedirs(os.path.join(tree, path), exist_ok=True)
     _install_modules(kernel_layer, tree)
     _install_agent(tree)
+    _list_read_ahead(tree)
     _install_etc(tree)
     commands.run(["mkfs.erofs", "--quiet", "-T0", "--all-root", f"-U{_UUID}", "-x-1", output, tree],
                  what="writing the root image")
+    _add_partition_table(output)
+
+
+def _add_partition_table(image):
+    """Describe the whole image as its own first partition.
+
+    EROFS leaves its first 1024 bytes free, and a partition may begin at sector 0. So the image is mounted as
+    /dev/vda by those who know it and as /dev/vda1 by hosts that are used to Kata's images, which have a table.
+    """
+    sectors = os.path.getsize(image) // 512
+    any_cylinder = b"\xff\xff\xff"
+    entry = struct.pack("<B3sB3sII", 0, any_cylinder, _LINUX_PARTITION, any_cylinder, 0, sectors)
+    with open(image, "r+b") as file:
+        file.seek(446)
+        file.write(entry.ljust(64, b"\0") + b"\x55\xaa")
 
 
 def agent_sources():
@@ -166,6 +184,15 @@ def _install_modules(kernel_layer, tree):
     for name in ("modules.builtin", "modules.order"):
         open(os.path.join(target, name), "w").close()
     commands.run(["chroot", tree, "/sbin/depmod", release], what="indexing the modules")
+
+
+def _list_read_ahead(tree):
+    """Write down what crun is made of, for the agent to have it read before the first container."""
+    listing = commands.run(["chroot", tree, "/lib64/ld-linux-x86-64.so.2", "--list", "/usr/bin/crun"],
+                           what="listing crun's libraries").decode()
+    paths = [word for line in listing.splitlines() for word in line.split() if word.startswith("/")]
+    with open(os.path.join(tree, "usr/lib/katashim/read-ahead"), "w") as file:
+        file.write("".join(f"{path}\n" for path in sorted({"/usr/bin/crun", *paths})))
 
 
 def _install_etc(tree):

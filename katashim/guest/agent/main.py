@@ -76,6 +76,7 @@ def _finish_boot(boot, chosen):
         boot.hurry_rcu()
         uevents.start()
         modules.load_present()
+        boot.read_ahead()
         boot.set_host_name()
         boot.loopback_up()
         boot.take_terminal()
