@@ -300,21 +300,27 @@ class Sandbox:
         """Let the agent stop what runs, write back and unmount; a stock agent ends the VM then."""
         if self.agent is None or self.agent.closed is None or self.agent.closed.is_set():
             return
-        if any(container.init.status != STOPPED for container in self.containers.values()) \
-                and self.vm.wait(0) is None:
+        running = self._running()
+        if running and self.vm.wait(0) is None:
+            for process in running:     # before the agent kills and forgets them, for 137 is what they end with
+                process.hurry()
             try:
                 self.agent.DestroySandbox(timeout_s=_GOODBYE_S)
             except KatashimError as exc:
                 log.info("the agent did not end its sandbox in good order: %s", exc)
         self.agent.close()
 
+    def _running(self):
+        """All processes that are in the guest and have not ended."""
+        return [process for container in list(self.containers.values())
+                for process in (container.init, *container.execs.values())
+                if process.status != STOPPED and (process is container.init or process.stdio is not None)]
+
     def _end_processes(self):
         """Every process that is not known to have ended has ended now."""
         if self.agent is not None:
             self.agent.close()
-        running = [process for container in list(self.containers.values())
-                   for process in (container.init, *container.execs.values())
-                   if process.status != STOPPED and (process is container.init or process.stdio is not None)]
+        running = self._running()
         for process in running:
             process.hurry()
         gevent.wait([process.exited for process in running], timeout=_ENDS_S)
