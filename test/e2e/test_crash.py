@@ -1,6 +1,6 @@
 """kill -9 of everything, at every phase: containerd's view ends consistent, and nothing is left.
 
-Each test has a containerd of its own, for containerd is one of those who are killed.
+Most tests have a containerd of their own, for containerd is one of those who are killed.
 """
 
 import os
@@ -8,11 +8,14 @@ import signal
 import time
 
 import pytest
+from direct_shim import make_root, spec
 from event_listener import Listener
 from harness import leaks
 from live_pods import FOREVER, Pod, api_of, pid_of, shim_pid, state, wait_for
 
 from katashim import child
+from katashim.errors import FailedPrecondition
+from katashim.ttrpc import proto
 
 pytestmark = pytest.mark.vm
 
@@ -208,3 +211,52 @@ def test_the_shim_and_its_vm_at_once(mortal_daemon, clean, name):
     assert running.wait(_SOON_S).code == SEEN["shim"]
     remove(mortal_daemon, container)
     clean()
+
+
+# -- between Create and Start, which ctr makes one -------------------------------------------------
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_root(str(tmp_path_factory.mktemp("root") / "fs"))
+
+
+def test_qemu_before_the_start(shims, root):
+    """What was created has ended with 137; it cannot be started, and says why; it can be deleted."""
+    with shims("unstarted", spec(*FOREVER, root=root)) as shim:
+        shim.create()
+        kill(victim_of(shim.name, "QEMU"))
+        assert shim.api.call("Wait", id=shim.name, timeout_s=_SOON_S).exit_status == KILLED
+        with pytest.raises(FailedPrecondition, match="qemu killed by SIGKILL"):
+            shim.api.call("Start", id=shim.name)
+        with pytest.raises(FailedPrecondition, match="qemu killed by SIGKILL"):
+            shim.create(shim.name + "-more")
+        assert shim.api.call("Delete", id=shim.name).exit_status == KILLED
+
+
+def test_the_shim_before_the_start(shims, root):
+    """`delete` removes all by the journal and answers 137; a second one finds nothing to do."""
+    shim = shims("journal", spec(*FOREVER, root=root))
+    shim.start()
+    shim.create()
+    vmm = victim_of(shim.name, "QEMU")
+    kill(shim.pid)
+    for _ in range(2):
+        done = shim.verb("delete")
+        answer = proto.decode(proto.get("containerd.task.v2.DeleteResponse"), done.stdout)
+        assert answer.exit_status == KILLED and answer.exited_at.seconds > 0
+        assert done.stderr == b""
+        assert child.start_time(vmm) is None
+        assert not os.path.exists(f"/run/kata/{shim.name}")
+
+
+def test_a_new_shim_takes_over_what_a_dead_one_left(shims, root):
+    """`delete` may never have run: containerd was killed, too."""
+    dead = shims("twice", spec("sh", "-c", "exit 4", root=root))
+    dead.start()
+    dead.create()
+    vmm = victim_of(dead.name, "QEMU")
+    kill(dead.pid)
+    with dead:
+        assert dead.create().pid != vmm
+        assert child.start_time(vmm) is None
+        dead.api.call("Start", id=dead.name)
+        assert dead.api.call("Wait", id=dead.name).exit_status == 4
