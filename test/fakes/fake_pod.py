@@ -496,6 +496,9 @@ class Daemon(Pod):
         finally:
             self.verb("delete")
             self._close()
+        log = self.log()
+        assert "appears to be blocked" not in log, log      # the words of gevent's monitor
+        assert "Traceback" not in log, log
 
 
 def _client(path):
