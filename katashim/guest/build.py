@@ -62,7 +62,8 @@ def build(output_dir=DEFAULT_OUTPUT, kernel_flavour="debian", progress=print, *,
     packages, base, kernel_layer = _layers(layers, kernel_flavour, progress, jobs)
     os.makedirs(output_dir, exist_ok=True)
     with cache.Lock(os.path.join(output_dir, ".lock"), _OUTPUT_WAIT_S, output_dir):
-        manifest = _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, kernel_layer, progress)
+        manifest = _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, kernel_layer,
+                             progress)
     layers.prune()
     return manifest
 
@@ -71,7 +72,8 @@ def recipe_of(kernel_flavour, standalone=False):
     """The hash of everything that we decide: our sources and the choice of kernel and files."""
     paths = [os.path.join(_HERE, name) for name in _BUILDERS] + [kernel.CONFIG] + rootfs.agent_sources()
     paths.append(rootfs.tables.DESCRIPTORS)
-    return cache.key_of(FORMAT, VERSION, kernel_flavour, standalone, [cache.file_hash(path) for path in paths])
+    return cache.key_of(FORMAT, VERSION, kernel_flavour, standalone,
+                        [cache.file_hash(path) for path in paths])
 
 
 def read_manifest(output_dir):
@@ -113,9 +115,8 @@ def _layers(layers, kernel_flavour, progress, jobs):
     # A kernel that takes minutes to build is not built anew for each change of our code.
     sources = ((kernel.SOURCE_RECIPE, cache.file_hash(kernel.CONFIG)) if kernel_flavour == "source"
                else cache.file_hash(kernel.__file__))
-    kernel_layer = layers.layer(
-        f"kernel-{kernel_flavour}", cache.key_of(cache.file_hash(os.path.join(packages, "kernel.deb")), sources),
-        make_kernel)
+    kernel_key = cache.key_of(cache.file_hash(os.path.join(packages, "kernel.deb")), sources)
+    kernel_layer = layers.layer(f"kernel-{kernel_flavour}", kernel_key, make_kernel)
     return packages, base, kernel_layer
 
 
@@ -137,8 +138,7 @@ def _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, ke
             _write(os.path.join(new, "standalone.img"), initrd.make(base, kernel_layer, image))
         with open(os.path.join(kernel_layer, "release")) as file:
             release = file.read()
-        files = {name: {"bytes": os.path.getsize(os.path.join(new, name)),
-                        "sha256": cache.file_hash(os.path.join(new, name))} for name in sorted(os.listdir(new))}
+        files = {name: _facts(os.path.join(new, name)) for name in sorted(os.listdir(new))}
         manifest = {
             "format": FORMAT, "katashim": VERSION, "recipe": recipe,
             "kernel": {"flavour": kernel_flavour, "release": release}, "kernel_params": list(KERNEL_PARAMS),
@@ -153,6 +153,10 @@ def _assemble(output_dir, recipe, kernel_flavour, standalone, packages, base, ke
             os.replace(os.path.join(new, name), os.path.join(output_dir, name))
     progress(f"the guest is in {output_dir}: kernel {release}")
     return manifest
+
+
+def _facts(path):
+    return {"bytes": os.path.getsize(path), "sha256": cache.file_hash(path)}
 
 
 def _write(path, data):

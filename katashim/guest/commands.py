@@ -36,7 +36,8 @@ def run(argv, *, what, timeout_s=600, cwd=None, env=None, stdin=None):
     """
     try:
         done = subprocess.run(
-            argv, check=False, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout_s, capture_output=True,
+            argv, check=False, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout_s,
+            capture_output=True,
             **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}))
     except subprocess.TimeoutExpired as exc:
         raise DeadlineExceeded(f"waited {timeout_s} s for {what} ({argv[0]})") from exc

@@ -30,22 +30,21 @@ RARE_BOOT_MODULES = ("virtio_pmem", "nvme", "loop")
 # What the agent loads for devices that it finds, or the kernel asks /sbin/modprobe for.
 GUEST_MODULES = (
     # devices
-    "vmw_vsock_virtio_transport", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon", "virtio_scsi",
-    "sd_mod", "virtio_mem", "virtiofs", "vfio-pci", "ptp_kvm",
+    "vmw_vsock_virtio_transport", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon",
+    "virtio_scsi", "sd_mod", "virtio_mem", "virtiofs", "vfio-pci", "ptp_kvm",
     # filesystems
     "overlay", "squashfs", "xfs", "9p", "9pnet_virtio", "nls_ascii", "vfat", "isofs",
     # device mapper
     "dm-mod", "dm-verity", "dm-crypt",
     # network
-    "tun", "veth", "bridge", "macvlan", "ipvlan", "vxlan", "dummy", "8021q", "br_netfilter",
-    "nf_tables", "nft_compat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_reject_inet",
+    "tun", "veth", "bridge", "macvlan", "ipvlan", "vxlan", "dummy", "8021q", "br_netfilter", "nf_tables",
+    "nft_compat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_reject_inet",
     "nft_fib_inet", "nf_conntrack_netlink", "ip_tables", "iptable_filter", "iptable_nat", "iptable_mangle",
     "ip6_tables", "ip6table_filter", "ip6table_nat", "ip6table_mangle", "ipt_REJECT", "ip6t_REJECT",
     "xt_conntrack", "xt_MASQUERADE", "xt_nat", "xt_tcpudp", "xt_multiport", "xt_comment", "xt_mark",
-    "xt_connmark", "xt_addrtype", "xt_statistic", "xt_physdev", "xt_LOG", "xt_REDIRECT", "xt_owner", "xt_state",
-    "ip_set", "xt_set", "ip_vs",
-    "sch_ingress", "sch_htb", "sch_fq_codel", "cls_u32", "act_mirred",
-    "wireguard",
+    "xt_connmark", "xt_addrtype", "xt_statistic", "xt_physdev", "xt_LOG", "xt_REDIRECT", "xt_owner",
+    "xt_state", "ip_set", "xt_set", "ip_vs", "sch_ingress", "sch_htb", "sch_fq_codel", "cls_u32",
+    "act_mirred", "wireguard",
 )
 
 _MAGIC = (
@@ -66,7 +65,8 @@ def require_tools(flavour):
     if flavour == "debian":
         commands.require({"dpkg-deb": "dpkg", "lz4": "lz4", "zstd": "zstd", "xz": "xz-utils"})
         return
-    commands.require({"dpkg-deb": "dpkg", "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc",
+    commands.require({"dpkg-deb": "dpkg", "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison",
+                      "bc": "bc",
                       "ld": "binutils", "xz": "xz-utils"})
     if not os.path.exists("/usr/include/libelf.h"):
         raise FailedPrecondition("building the kernel from source needs libelf.h: apt-get install libelf-dev")
@@ -89,12 +89,12 @@ def extract(bzimage):
         if payload.startswith(magic):
             break
     else:
-        raise InvalidArgument(f"the kernel is compressed in an unknown way (it starts with {payload[:6].hex()})")
+        raise InvalidArgument(f"the kernel is compressed in an unknown way (it begins {payload[:6].hex()})")
     # gzip's own trailer is that size; the others have it appended, which they call garbage.
     body = payload if decompress[0] == "gzip" else payload[:-4]
     vmlinux = commands.run(decompress, what="unpacking the kernel", stdin=body, timeout_s=120)
     if not vmlinux.startswith(b"\x7fELF") or len(vmlinux) != size:
-        raise InvalidArgument(f"the kernel unpacks to {len(vmlinux)} bytes that are not an ELF image of {size}")
+        raise InvalidArgument(f"the kernel unpacks to {len(vmlinux)} bytes, not an ELF image of {size}")
     return vmlinux
 
 

@@ -17,20 +17,23 @@ import subprocess
 from katashim.guest import commands, kernel, tables
 
 SUITE = "bookworm"
-PACKAGES = ("python3-minimal", "libpython3.11-stdlib", "crun", "busybox-static", "kmod", "iptables", "e2fsprogs",
-            "libc6", "libc-bin", "base-files")
+PACKAGES = (
+    "python3-minimal", "libpython3.11-stdlib", "crun", "busybox-static", "kmod", "iptables", "e2fsprogs",
+    "libc6", "libc-bin", "base-files",
+)
 KERNEL_PACKAGE = {"debian": "linux-image-cloud-amd64", "source": "linux-source-6.1"}
 PYTHON = "python3.11"
 
 # Never read in the guest: 35 of 110 MB.
 _UNWANTED = (
-    "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/share/bug",
-    "usr/share/perl5", "usr/share/python3", "usr/share/bash-completion", "usr/share/zoneinfo", "usr/share/common-licenses",
-    "usr/lib/x86_64-linux-gnu/gconv", "usr/lib/x86_64-linux-gnu/perl-base", "usr/lib/locale",
-    "usr/lib/systemd", "lib/systemd", "lib/udev", "var/lib/apt", "var/lib/dpkg", "var/cache", "var/log", "boot",
-    "usr/lib/python3.11/idlelib", "usr/lib/python3.11/lib2to3", "usr/lib/python3.11/pydoc_data",
-    "usr/lib/python3.11/ensurepip", "usr/lib/python3.11/unittest", "usr/lib/python3.11/distutils",
-    "usr/lib/python3.11/turtledemo", "usr/lib/python3.11/tkinter",
+    "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian",
+    "usr/share/bug", "usr/share/perl5", "usr/share/python3", "usr/share/bash-completion",
+    "usr/share/zoneinfo", "usr/share/common-licenses", "usr/lib/x86_64-linux-gnu/gconv",
+    "usr/lib/x86_64-linux-gnu/perl-base", "usr/lib/locale", "usr/lib/systemd", "lib/systemd", "lib/udev",
+    "var/lib/apt", "var/lib/dpkg", "var/cache", "var/log", "boot", "usr/lib/python3.11/idlelib",
+    "usr/lib/python3.11/lib2to3", "usr/lib/python3.11/pydoc_data", "usr/lib/python3.11/ensurepip",
+    "usr/lib/python3.11/unittest", "usr/lib/python3.11/distutils", "usr/lib/python3.11/turtledemo",
+    "usr/lib/python3.11/tkinter",
 )
 _MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "mnt", "root", "var/lib", "var/tmp", "opt", "home",
                  "usr/lib/katashim")
@@ -77,7 +80,8 @@ def fetch_packages(directory, kernel_flavour, progress):
     progress("asking Debian's archive for packages")
     commands.run_logged(
         ["mmdebstrap", "--variant=extract", "--mode=root", "--format=tar", f"--include={','.join(PACKAGES)}",
-         f"--extract-hook={take_kernel}", f"--extract-hook={list_versions}", "--aptopt=Acquire::Retries \"3\"",
+         f"--extract-hook={take_kernel}", f"--extract-hook={list_versions}",
+         "--aptopt=Acquire::Retries \"3\"",
          SUITE, os.path.join(directory, "root.tar")],
         os.path.join(directory, "mmdebstrap.log"), what="fetching the guest's packages", on_line=on_line,
         env={"SOURCE_DATE_EPOCH": "0", "KATASHIM_LAYER": directory})
@@ -102,7 +106,8 @@ def unpack_base(packages_layer, directory):
                  what="unpacking the root")
     for path in _UNWANTED:
         _remove(os.path.join(tree, path))
-    for directory_path in glob.glob(os.path.join(tree, f"usr/lib/{PYTHON}", "**", "__pycache__"), recursive=True):
+    for directory_path in glob.glob(os.path.join(tree, f"usr/lib/{PYTHON}", "**", "__pycache__"),
+                                    recursive=True):
         _remove(directory_path)
     _link_busybox(tree)
     _link_iptables(tree)
@@ -112,7 +117,8 @@ def unpack_base(packages_layer, directory):
 def make_image(base_layer, kernel_layer, work, output):
     """Write the EROFS image `output`: the base tree, modules of the kernel and the agent, in `work`."""
     tree = os.path.join(work, "tree")
-    commands.run(["cp", "-a", "--reflink=auto", os.path.join(base_layer, "tree"), tree], what="copying the root")
+    commands.run(["cp", "-a", "--reflink=auto", os.path.join(base_layer, "tree"), tree],
+                 what="copying the root")
     for path in _MOUNT_POINTS:
         os.makedirs(os.path.join(tree, path), exist_ok=True)
     _install_modules(kernel_layer, tree)
@@ -128,7 +134,7 @@ def _add_partition_table(image):
     """Describe the whole image as its own first partition.
 
     EROFS leaves its first 1024 bytes free, and a partition may begin at sector 0. So the image is mounted as
-    /dev/vda by those who know it and as /dev/vda1 by hosts that are used to Kata's images, which have a table.
+    /dev/vda by those who know it and as /dev/vda1 by hosts that are used to Kata's images, with a table.
     """
     sectors = os.path.getsize(image) // 512
     any_cylinder = b"\xff\xff\xff"
@@ -210,8 +216,10 @@ def _install_etc(tree):
 
 def _link_busybox(tree):
     """Names of busybox's applets for the debug console, where no package has the name."""
-    names = subprocess.run([os.path.join(tree, "bin/busybox"), "--list"], check=True, capture_output=True, text=True)
-    taken = {name for place in ("bin", "sbin", "usr/bin", "usr/sbin") for name in os.listdir(os.path.join(tree, place))}
+    names = subprocess.run([os.path.join(tree, "bin/busybox"), "--list"], check=True, capture_output=True,
+                           text=True)
+    taken = {name for place in ("bin", "sbin", "usr/bin", "usr/sbin")
+             for name in os.listdir(os.path.join(tree, place))}
     for name in names.stdout.split():
         if name not in taken and name not in ("init", "linuxrc", "reboot", "halt", "poweroff"):
             os.symlink("/bin/busybox", os.path.join(tree, "bin", name))

@@ -29,8 +29,8 @@ _DESCRIPTOR_TABLES = {
     "Method": ((1, "name", "string", False, None), (2, "input_type", "string", False, None),
                (3, "output_type", "string", False, None)),
 }
-_KINDS = {3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 11: "message", 12: "bytes", 13: "uint32",
-          14: "enum"}
+_KINDS = {3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 11: "message", 12: "bytes",
+          13: "uint32", 14: "enum"}
 _REPEATED = 3
 
 
@@ -46,7 +46,8 @@ def load(path=DESCRIPTORS):
             services[_join(descriptor.package, service.name)] = {
                 method.name: (method.input_type[1:], method.output_type[1:]) for method in service.method}
     services = {name: services[name] for name in SERVICES}
-    wanted = [*ENVELOPE, *(name for methods in services.values() for pair in methods.values() for name in pair)]
+    wanted = [*ENVELOPE, *(name for methods in services.values() for pair in methods.values()
+                           for name in pair)]
     tables = {}
     while wanted:
         name = wanted.pop()

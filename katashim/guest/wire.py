@@ -270,7 +270,8 @@ def varint(number):
 
 
 def read_varint(data, position):
-    """``(number, position after it)``. :raises IndexError: `data` ends within. :raises WireError: too long."""
+    """``(number, position after it)``. :raises IndexError: `data` ends within. :raises WireError: too
+    long."""
     byte = data[position]
     if byte < 0x80:
         return byte, position + 1

@@ -6,8 +6,10 @@ import os
 import shutil
 
 BUSYBOX = "/bin/busybox"
-_APPLETS = ("sh", "cat", "echo", "sleep", "ls", "id", "env", "pwd", "ps", "kill", "head", "dd", "md5sum", "stty", "tty",
-            "mount", "touch", "true", "false", "hostname", "ip", "grep", "wc", "mkdir", "yes", "nproc", "chmod", "ln")
+_APPLETS = ("sh", "cat", "echo", "sleep", "ls", "id", "env", "pwd", "ps", "kill", "head", "dd", "md5sum",
+            "stty", "tty",
+            "mount", "touch", "true", "false", "hostname", "ip", "grep", "wc", "mkdir", "yes", "nproc",
+            "chmod", "ln")
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT", "CAP_NET_RAW"]
 _numbers = itertools.count(1)
 
@@ -37,10 +39,12 @@ def spec(root, *args, cgroup="", namespaces=("mount", "ipc", "uts"), linux=None,
         "Version": "1.1.0", "Process": process(*args, **fields), "Root": {"Path": root}, "Hostname": "pod",
         "Mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "mode=755", "size=64k"]},
             {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
              "options": ["newinstance", "ptmxmode=0666", "mode=0620"]}, *mounts],
-        "Linux": {"CgroupsPath": cgroup, "Namespaces": [{"Type": kind} for kind in namespaces], **(linux or {})}}
+        "Linux": {"CgroupsPath": cgroup, "Namespaces": [{"Type": kind} for kind in namespaces],
+                  **(linux or {})}}
 
 
 class Pod:
@@ -58,7 +62,8 @@ class Pod:
         """Create a container; returns its id."""
         cid = f"test-{os.getpid()}-{next(_numbers)}"
         fields.setdefault("cgroup", f"/katashim-test/{cid}")
-        self.client.call("CreateContainer", container_id=cid, OCI=spec(fields.pop("root", self.root), *args, **fields),
+        self.client.call("CreateContainer", container_id=cid,
+                         OCI=spec(fields.pop("root", self.root), *args, **fields),
                          storages=[*self._storages, *storages], devices=devices, sandbox_pidns=sandbox_pidns)
         self._cids.append(cid)
         return cid

@@ -17,7 +17,8 @@ def host_agent(tmp_path_factory):
     try:
         agent.wait_ready(PlainClient(agent.socket, service="grpc.Health"))
         PlainClient(agent.socket).call("CreateSandbox", hostname="pod", sandbox_id="the-pod", storages=[
-            {"driver": "ephemeral", "source": "shm", "fstype": "tmpfs", "mount_point": "/run/kata-containers/sandbox/shm",
+            {"driver": "ephemeral", "source": "shm", "fstype": "tmpfs",
+             "mount_point": "/run/kata-containers/sandbox/shm",
              "options": ["nodev", "mode=1777", "size=1048576"]}])
         yield agent
     finally:

@@ -67,7 +67,7 @@ class GuestVm:
         """Wait until the guest has printed `text`; it may end after that."""
         limit = time.monotonic() + BOOT_S
         while text not in self.console():
-            assert time.monotonic() < limit, f"the guest did not print {text!r} in {BOOT_S} s\n{self.console()}"
+            assert time.monotonic() < limit, f"{text!r} was not printed in {BOOT_S} s\n{self.console()}"
             gevent.sleep(0.02)
 
     def end(self):

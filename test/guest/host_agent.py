@@ -1,8 +1,8 @@
 """The agent as an ordinary process of this machine, in namespaces of its own, with the real crun.
 
 Run as a program, it is the first process of those namespaces: it mounts what the agent expects to find in a
-guest (an empty /run, cgroup2 as the only cgroup filesystem) and starts the agent on a unix socket. crun refuses
-hosts with both cgroup versions; in its mount namespace there is only one.
+guest (an empty /run, cgroup2 as the only cgroup filesystem) and starts the agent on a unix socket. crun
+refuses hosts with both cgroup versions; in its mount namespace there is only one.
 """
 
 import ctypes
@@ -25,7 +25,8 @@ class HostAgent:
         self.log_path = os.path.join(directory, "agent.log")
         self._log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._process = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc",
+            ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
+             "--mount-proc",
              sys.executable, "-B", __file__, self.socket, words],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=REPOSITORY)
 
@@ -67,7 +68,8 @@ class HostAgent:
 
     def stop(self):
         """End it and all that runs in its namespaces."""
-        self._process.kill()        # unshare takes its child along (--kill-child), and the namespace ends with that
+        # unshare takes its child along (--kill-child), and the namespace ends with that
+        self._process.kill()
         self._process.wait()
         os.close(self._log)
 

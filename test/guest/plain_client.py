@@ -1,4 +1,5 @@
-"""A client for the agent's tests that shares nothing with the agent: google.protobuf and a few lines of framing.
+"""A client for the agent's tests that shares nothing with the agent: google.protobuf and a few lines of
+framing.
 
 Each call has a connection of its own, so that calls that wait need no more than a thread.
 """
@@ -22,7 +23,8 @@ class Refused(Exception):
 class PlainClient:
     """Calls an agent.
 
-    :param address: path of a unix socket. :param port: the guest's vsock port, for a hybrid vsock; None = none.
+    :param address: path of a unix socket. :param port: the guest's vsock port, for a hybrid vsock; None =
+    none.
     """
 
     def __init__(self, address, port=None, service="grpc.AgentService"):
@@ -56,7 +58,8 @@ class PlainClient:
     def exchange(self, connection, method, stream_id=1, timeout_nano=0, **fields):
         """As :meth:`call`, on an open connection."""
         request, response = self._methods[method].request, self._methods[method].response
-        self.send(connection, stream_id, method, proto.build(request, **fields).SerializeToString(), timeout_nano)
+        self.send(connection, stream_id, method, proto.build(request, **fields).SerializeToString(),
+                  timeout_nano)
         return response.FromString(self.receive(connection)[1])
 
     def send(self, connection, stream_id, method, payload, timeout_nano=0):

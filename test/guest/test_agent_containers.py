@@ -59,7 +59,8 @@ def test_a_container_without_a_spec_is_refused(client):
 
 def test_an_impossible_mount_is_refused_with_cruns_words(pod):
     with refusal(13, "no-such-file"):
-        pod.create("true", mounts=[{"destination": "/x", "type": "bind", "source": "/no-such-file", "options": ["bind"]}])
+        pod.create("true", mounts=[{"destination": "/x", "type": "bind", "source": "/no-such-file",
+                                    "options": ["bind"]}])
 
 
 def test_a_root_that_is_not_there_is_refused(pod):
@@ -128,7 +129,8 @@ def test_unknown_ids(pod, client):
         with refusal(code, text):
             client.call(method, container_id="unknown")
     for method, code, text in (
-            ("WaitProcess", 5, "InvalidExecId"), ("SignalProcess", 5, "InvalidExecId"), ("ReadStdout", 5, "InvalidExecId"),
+            ("WaitProcess", 5, "InvalidExecId"), ("SignalProcess", 5, "InvalidExecId"),
+            ("ReadStdout", 5, "InvalidExecId"),
             ("WriteStdin", 13, "Process not found: invalid exec id")):
         with refusal(code, text):
             client.call(method, container_id=cid, exec_id="unknown")
@@ -168,7 +170,8 @@ def test_pause_and_resume(pod, client):
         client.call("PauseContainer", container_id=cid)
     client.call("WriteStdin", container_id=cid, data=b"hello\n")
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(client.call("ReadStdout", container_id=cid, len=9).data))
+    thread = threading.Thread(target=lambda: answers.append(client.call("ReadStdout", container_id=cid,
+                                                                        len=9).data))
     thread.start()
     thread.join(0.2)
     assert thread.is_alive()
@@ -202,7 +205,8 @@ def test_pid_namespaces_are_own_or_shared(pod):
 
 
 def test_the_shared_memory_of_the_pod(pod):
-    shm = {"destination": "/dev/shm", "type": "bind", "source": "/run/kata-containers/sandbox/shm", "options": ["rbind"]}
+    shm = {"destination": "/dev/shm", "type": "bind", "source": "/run/kata-containers/sandbox/shm",
+           "options": ["rbind"]}
     one, other = pod.run("sleep", "1000", mounts=[shm]), pod.run("sleep", "1000", mounts=[shm])
     pod.output(one, "sh", "-c", "echo shared > /dev/shm/f")
     assert pod.output(other, "cat", "/dev/shm/f") == "shared\n"

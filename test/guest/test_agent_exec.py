@@ -27,7 +27,8 @@ def test_output_and_status(pod, cid):
 
 def test_a_missing_program_is_refused_at_once(pod, cid):
     for name in ("/bin/nope", "nope"):
-        with pytest.raises(Refused, match=f"^13: executable file `{name}` not found in \\$PATH: No such file"):
+        with pytest.raises(Refused,
+                           match=f"^13: executable file `{name}` not found in \\$PATH: No such file"):
             pod.execute(cid, name)
 
 
@@ -79,13 +80,15 @@ def test_environment_and_directory(pod, cid):
 
 
 def _status(pod, cid, *names, **fields):
-    lines = dict(line.split(":\t") for line in pod.output(cid, "cat", "/proc/self/status", **fields).splitlines())
+    lines = dict(line.split(":\t") for line in pod.output(cid, "cat", "/proc/self/status",
+                                                          **fields).splitlines())
     return [lines[name] for name in names]
 
 
 def test_capabilities_of_root(pod, cid):
     sets = {"Bounding": ["CAP_CHOWN", "KILL"], "Effective": ["CHOWN"], "Permitted": ["CAP_CHOWN", "CAP_KILL"]}
-    assert _status(pod, cid, "CapBnd", "CapPrm", Capabilities=sets) == ["0000000000000021", "0000000000000021"]
+    assert _status(pod, cid, "CapBnd", "CapPrm", Capabilities=sets) == ["0000000000000021",
+                                                                        "0000000000000021"]
 
 
 def test_capabilities_of_a_user_are_ambient_or_lost(pod, cid):
@@ -105,7 +108,8 @@ def test_absent_capabilities_are_the_containers(pod, client, cid):
 
 
 def test_limits_and_privileges(pod, cid):
-    limits = [{"Type": "RLIMIT_NOFILE", "Soft": 100, "Hard": 200}, {"Type": "CORE", "Soft": 0, "Hard": 2**64 - 1}]
+    limits = [{"Type": "RLIMIT_NOFILE", "Soft": 100, "Hard": 200},
+              {"Type": "CORE", "Soft": 0, "Hard": 2**64 - 1}]
     assert _status(pod, cid, "NoNewPrivs", NoNewPrivileges=True) == ["1"]
     assert _status(pod, cid, "NoNewPrivs") == ["0"]
     lines = pod.output(cid, "cat", "/proc/self/limits", Rlimits=limits).splitlines()
@@ -120,7 +124,8 @@ def test_the_oom_score(pod, cid):
 def test_signals_are_as_a_program_expects_them(pod, cid):
     blocked, ignored = (int(text, 16) for text in _status(pod, cid, "SigBlk", "SigIgn"))
     assert blocked == 0
-    assert ignored & ~(3 << 31) == 0    # glibc's own 32 and 33 are ignored after its posix_spawn, which starts crun
+    # glibc's own 32 and 33 are ignored after its posix_spawn, which starts crun
+    assert ignored & ~(3 << 31) == 0
 
 
 def test_it_is_in_the_containers_cgroup_and_namespaces(pod, cid):
@@ -132,12 +137,14 @@ def test_it_is_in_the_containers_cgroup_and_namespaces(pod, cid):
 
 
 def test_no_descriptor_of_the_agent_is_left_open(pod, cid):
-    assert pod.output(cid, "sh", "-c", "cd /proc/self/fd; for fd in *; do test $fd -gt 2 && busybox readlink $fd; done; "
+    assert pod.output(cid, "sh", "-c",
+                      "cd /proc/self/fd; for fd in *; do test $fd -gt 2 && busybox readlink $fd; done; "
                                        "true") in ("", "/proc/1/fd\n")
 
 
 def test_a_terminal(pod, client, cid):
-    exec_id = pod.execute(cid, "sh", "-c", "tty; stty size; read x; echo got $x; id -u; exit 3", Terminal=True,
+    exec_id = pod.execute(cid, "sh", "-c", "tty; stty size; read x; echo got $x; id -u; exit 3",
+                          Terminal=True,
                           ConsoleSize={"Height": 50, "Width": 60}, User={"UID": 1000, "GID": 1000})
     client.call("WriteStdin", container_id=cid, exec_id=exec_id, data=b"it\n")
     text = b""

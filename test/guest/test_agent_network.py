@@ -1,4 +1,5 @@
-"""The pod's network through the agent's RPCs: in its own network namespace, on veth pairs made by the test."""
+"""The pod's network through the agent's RPCs: in its own network namespace, on veth pairs made by the
+test."""
 
 import subprocess
 

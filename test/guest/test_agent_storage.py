@@ -9,7 +9,8 @@ BASE = "/run/kata-containers"
 
 
 def storage(driver, mount_point, source="none", fstype="tmpfs", options=(), driver_options=(), **fields):
-    return {"driver": driver, "source": source, "fstype": fstype, "options": options, "mount_point": mount_point,
+    return {"driver": driver, "source": source, "fstype": fstype, "options": options,
+            "mount_point": mount_point,
             "driver_options": driver_options, **fields}
 
 
@@ -100,7 +101,8 @@ def test_a_group_for_all_files_of_a_volume(pod, tmp_path):
     (tmp_path / "dir" / "file").write_text("x")
     os.symlink("/etc/passwd", tmp_path / "link")
     before = os.stat("/etc/passwd")
-    pod.run("sleep", "100", storages=[storage("virtio-fs", f"{BASE}/sandbox/grouped", str(tmp_path), "bind", ["bind"],
+    pod.run("sleep", "100", storages=[storage("virtio-fs", f"{BASE}/sandbox/grouped", str(tmp_path), "bind",
+                                              ["bind"],
                                               fs_group={"group_id": 4321})])
     assert {os.stat(tmp_path / name).st_gid for name in (".", "dir", "dir/file")} == {4321}
     assert os.stat(tmp_path / "dir").st_mode & 0o7777 == 0o2770
@@ -138,7 +140,8 @@ def test_configuration_is_followed(pod, tmp_path):
     assert pod.output(cid, "cat", "/config/first") == "one"
     (tmp_path / "second").write_text("two")
     (tmp_path / "first").unlink()
-    waits = "i=0; until test \"$(ls /config)\" = second; do sleep 0.1; i=$((i+1)); test $i -lt 60 || exit 1; done"
+    waits = ('i=0; until test "$(ls /config)" = second; '
+             "do sleep 0.1; i=$((i+1)); test $i -lt 60 || exit 1; done")
     assert pod.output(cid, "sh", "-c", waits) == ""
     assert pod.output(cid, "cat", "/config/second") == "two"
 

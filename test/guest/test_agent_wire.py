@@ -154,7 +154,8 @@ def test_fifty_connections(client):
     try:
         for number, connected in enumerate(connections):
             client.send(connected, 2 * number + 1, "ListInterfaces", b"")
-        assert [client.receive(connected)[0] for connected in connections] == [2 * number + 1 for number in range(50)]
+        assert [client.receive(connected)[0] for connected in connections] == [2 * number + 1
+                                                                               for number in range(50)]
     finally:
         for connected in connections:
             connected.close()

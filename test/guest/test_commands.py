@@ -29,7 +29,8 @@ def test_a_program_that_does_not_end():
 
 def test_a_long_program_is_logged_line_by_line(tmp_path):
     lines = []
-    commands.run_logged(["sh", "-c", "echo a; echo b >&2"], tmp_path / "log", what="talking", on_line=lines.append)
+    commands.run_logged(["sh", "-c", "echo a; echo b >&2"], tmp_path / "log", what="talking",
+                        on_line=lines.append)
     assert lines == ["a", "b"]
     assert (tmp_path / "log").read_text() == "a\nb\n"
     with pytest.raises(Internal, match="talking failed"):

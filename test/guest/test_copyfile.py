@@ -59,7 +59,8 @@ def test_directories_and_links(base):
     assert os.readlink(f"{base}/l") == "d/target"
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "{base}/../x", "{base}/a/../../x", "{base}", "{base}/", "{base}x/y", ""])
+@pytest.mark.parametrize("path", ["/etc/passwd", "{base}/../x", "{base}/a/../../x", "{base}", "{base}/",
+                                  "{base}x/y", ""])
 def test_paths_outside_are_refused(base, path):
     with pytest.raises(RpcError):
         copyfile.copy(request(path.format(base=base), b"x"), base)

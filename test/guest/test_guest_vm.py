@@ -56,7 +56,8 @@ def test_details_of_the_guest(client):
     assert details.mem_block_size_bytes == 128 << 20
     assert details.agent_details.init_daemon
     assert details.agent_details.supports_seccomp
-    assert {"blk", "virtio-fs", "ephemeral", "local", "overlayfs"} <= set(details.agent_details.storage_handlers)
+    assert {"blk", "virtio-fs", "ephemeral", "local",
+            "overlayfs"} <= set(details.agent_details.storage_handlers)
 
 
 def test_resolv_conf_is_the_hosts(guest):
@@ -79,7 +80,8 @@ def test_the_debug_console(guest):
 
 def test_the_root_is_read_only_and_the_usual_places_are_not(guest):
     assert "Read-only" in shell(guest, "touch /x")
-    assert shell(guest, "for d in /run /tmp /var/tmp /var/lib /dev/shm; do touch $d/x && echo $d; done").split() == [
+    assert shell(guest,
+                 "for d in /run /tmp /var/tmp /var/lib /dev/shm; do touch $d/x && echo $d; done").split() == [
         "/run", "/tmp", "/var/tmp", "/var/lib", "/dev/shm"]
 
 
@@ -97,7 +99,8 @@ def test_the_log_is_streamed_as_json_lines(guest):
 
 def test_an_oom_kill_is_told_once_and_ends_with_137(pod, client):
     told = []
-    waiter = threading.Thread(target=lambda: told.append(client.call("GetOOMEvent", timeout_s=60).container_id))
+    waiter = threading.Thread(target=lambda: told.append(client.call("GetOOMEvent",
+                                                                     timeout_s=60).container_id))
     waiter.start()
     limits = {"Resources": {"Memory": {"Limit": 16 << 20, "Swap": 16 << 20}}}
     cid = pod.run("sh", "-c", "busybox tail /dev/zero; exit $?", linux=limits)

@@ -28,7 +28,8 @@ def test_cpio_reads_what_is_written(tmp_path):
 
 def module(directory, name, depends="", alias=""):
     """A file that carries a module's information as a real one does."""
-    fields = [b"license=GPL", b"depends=" + depends.encode(), *([b"alias=" + alias.encode()] if alias else []), b""]
+    fields = [b"license=GPL", b"depends=" + depends.encode(),
+              *([b"alias=" + alias.encode()] if alias else []), b""]
     (directory / f"{name}.ko").write_bytes(b"\x7fELF\0" + b"\0".join(fields))
 
 
@@ -64,4 +65,5 @@ def test_the_same_input_makes_the_same_bytes(tmp_path):
 
 def test_it_can_carry_the_root_along(tmp_path):
     (tmp_path / "root.img").write_bytes(b"root")
-    assert "rootfs.img" in members(initrd.make(*layers(tmp_path), rootfs=str(tmp_path / "root.img")), tmp_path)
+    assert "rootfs.img" in members(initrd.make(*layers(tmp_path), rootfs=str(tmp_path / "root.img")),
+                                   tmp_path)

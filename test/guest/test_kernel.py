@@ -51,7 +51,8 @@ def test_what_is_no_kernel_is_refused(data, words):
 
 
 def module(directory, name, depends="", alias=""):
-    fields = [b"license=GPL", b"depends=" + depends.encode(), *([b"alias=" + alias.encode()] if alias else []), b""]
+    fields = [b"license=GPL", b"depends=" + depends.encode(),
+              *([b"alias=" + alias.encode()] if alias else []), b""]
     (directory / f"{name}.ko").write_bytes(b"\x7fELF\0" + b"\0".join(fields))
 
 

@@ -14,8 +14,9 @@ def test_the_defaults():
 
 
 def test_words_that_are_ours():
-    chosen = settings.parse("agent.log=debug agent.log_vport=1025 agent.debug_console agent.debug_console_vport=1026 "
-                            "agent.hotplug_timeout=7 agent.container_pipe_size=65536 agent.server_addr=unix:///x")
+    chosen = settings.parse(
+        "agent.log=debug agent.log_vport=1025 agent.debug_console agent.debug_console_vport=1026 "
+        "agent.hotplug_timeout=7 agent.container_pipe_size=65536 agent.server_addr=unix:///x")
     assert (chosen.log, chosen.log_vport) == (settings.LOG_LEVELS["debug"], 1025)
     assert (chosen.debug_console, chosen.debug_console_vport) == (True, 1026)
     assert (chosen.hotplug_timeout, chosen.container_pipe_size, chosen.server_addr) == (7, 65536, "unix:///x")

@@ -24,9 +24,11 @@ def make(name, **fields):
 
 
 def message(namespaces=("mount", "ipc", "uts"), process=None, **linux):
-    return make("Spec", Version="1.2.0", Root=make("Root", Path="/shared/root", Readonly=True), Hostname="pod",
+    return make("Spec", Version="1.2.0", Root=make("Root", Path="/shared/root", Readonly=True),
+                Hostname="pod",
                 Process=make("Process", Args=["sh"], **(process or {})),
-                Linux=make("Linux", Namespaces=[make("LinuxNamespace", Type=kind) for kind in namespaces], **linux))
+                Linux=make("Linux", Namespaces=[make("LinuxNamespace", Type=kind) for kind in namespaces],
+                           **linux))
 
 
 def amended(oci, pid_namespace="", unified=True, pod=None):
@@ -93,7 +95,8 @@ def test_root_version_and_path_are_the_guests():
 
 def test_limits_of_zero_and_below_are_no_limits():
     resources = spec.resources(make(
-        "LinuxResources", Memory=make("LinuxMemory", Limit=1 << 20, Swap=-1), Pids=make("LinuxPids", Limit=-1),
+        "LinuxResources", Memory=make("LinuxMemory", Limit=1 << 20, Swap=-1),
+        Pids=make("LinuxPids", Limit=-1),
         CPU=make("LinuxCPU", Shares=2, Quota=-1, Cpus="0-1")))
     assert resources == {"memory": {"limit": 1 << 20}, "cpu": {"shares": 2, "cpus": "0-1"}}
 
@@ -116,11 +119,13 @@ def test_only_start_container_hooks_are_kept():
     hook = make("Hook", Path="/bin/h", Args=["h"], Timeout=3)
     whole = message()
     whole.Hooks = make("Hooks", Prestart=[hook], StartContainer=[hook], Poststop=[hook])
-    assert spec.to_oci(whole)["hooks"] == {"startContainer": [{"path": "/bin/h", "args": ["h"], "env": [], "timeout": 3}]}
+    assert spec.to_oci(whole)["hooks"] == {"startContainer": [{"path": "/bin/h", "args": ["h"], "env": [],
+                                                               "timeout": 3}]}
 
 
 def test_seccomp_passes():
-    filters = make("LinuxSeccomp", DefaultAction="SCMP_ACT_ERRNO", Architectures=["SCMP_ARCH_X86_64"], Syscalls=[
+    filters = make("LinuxSeccomp", DefaultAction="SCMP_ACT_ERRNO", Architectures=["SCMP_ARCH_X86_64"],
+                   Syscalls=[
         make("LinuxSyscall", Names=["read"], Action="SCMP_ACT_ALLOW"),
         make("LinuxSyscall", Names=["open"], Action="SCMP_ACT_ERRNO", errnoret=0)])
     assert spec.to_oci(message(Seccomp=filters))["linux"]["seccomp"]["syscalls"] == [

@@ -10,7 +10,8 @@ from katashim.guest.agent.rpcerror import RpcError
 
 def test_an_event_is_its_variables():
     data = b"add@/devices/x\0ACTION=add\0DEVPATH=/devices/x\0SUBSYSTEM=block\0DEVNAME=vda\0"
-    assert uevents.parse(data) == {"ACTION": "add", "DEVPATH": "/devices/x", "SUBSYSTEM": "block", "DEVNAME": "vda"}
+    assert uevents.parse(data) == {"ACTION": "add", "DEVPATH": "/devices/x", "SUBSYSTEM": "block",
+                                   "DEVNAME": "vda"}
 
 
 def test_udevs_own_messages_are_none():

@@ -36,7 +36,8 @@ def messages(name, depth=3):
             continue
         if kind == "map":
             (key_kind, _), (value_kind, value_detail) = detail
-            fields[field] = st.dictionaries(scalars(key_kind), values(value_kind, value_detail, depth), max_size=2)
+            fields[field] = st.dictionaries(scalars(key_kind), values(value_kind, value_detail, depth),
+                                            max_size=2)
         elif repeated:
             fields[field] = st.lists(values(kind, detail, depth), max_size=3)
         else:
@@ -98,7 +99,8 @@ def test_no_bytes_do_more_than_raise_wire_error(data, name):
 @given(st.integers(0, 40))
 @settings(deadline=None)
 def test_a_message_cut_short_is_no_message_or_a_shorter_one(length):
-    whole = CODEC.encode(CODEC.type("grpc.Storage")(driver="blk", source="02", options=["ro", "nodev"], shared=True))
+    whole = CODEC.encode(CODEC.type("grpc.Storage")(driver="blk", source="02", options=["ro", "nodev"],
+                                                    shared=True))
     try:
         CODEC.decode(CODEC.type("grpc.Storage"), whole[:length])
     except wire.WireError:
@@ -119,7 +121,8 @@ def test_numbers_of_a_repeated_field_may_come_one_by_one():
 def test_a_message_that_comes_twice_is_merged():
     request = CODEC.type("grpc.ExecProcessRequest")
     process = CODEC.type("grpc.Process")
-    data = CODEC.encode(request(process=process(Cwd="/a"))) + CODEC.encode(request(process=process(Terminal=True)))
+    parts = (process(Cwd="/a"), process(Terminal=True))
+    data = b"".join(CODEC.encode(request(process=part)) for part in parts)
     assert CODEC.decode(request, data).process == process(Cwd="/a", Terminal=True)
 
 

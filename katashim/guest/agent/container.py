@@ -90,7 +90,6 @@ class Container:
             else:
                 self._set_home(process)
                 end = crun.execute(self.id, self.bundle, exec_id, process, stdio, cgroup.is_mounted())
-                _set_oom_score(end.pid, process["oomScoreAdj"])
             with self._table:
                 self._processes[exec_id] = Process(end, stdio)
         except BaseException:
@@ -180,13 +179,14 @@ class Container:
 
     def _bind_root(self, root):
         if not root.startswith("/"):
-            raise RpcError(INVALID_ARGUMENT, f"the root of container {self.id} is {root!r}, not an absolute path")
+            raise RpcError(INVALID_ARGUMENT,
+                           f"the root of container {self.id} is {root!r}, not an absolute path")
         if not os.path.isdir(self.rootfs):      # there already: a storage was mounted there
             os.makedirs(self.rootfs)
             linux.bind(root, self.rootfs, recursive=True)
 
     def _set_home(self, process):
-        """A process without HOME gets its user's; crun leaves it out for users that /etc/passwd does not list."""
+        """A process without HOME gets its user's; crun knows only those that /etc/passwd lists."""
         if not any(word.startswith("HOME=") for word in process["env"]):
             process["env"].append(f"HOME={passwd.home(self.rootfs, process['user']['uid'])}")
 
@@ -209,15 +209,6 @@ class Container:
                 step()
             except (OSError, RpcError) as exc:
                 log.warning("container", f"removing {self.id}: {exc}")
-
-
-def _set_oom_score(pid, score):
-    """crun sets it for a container's init only."""
-    try:
-        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
-            file.write(str(score))
-    except FileNotFoundError:
-        pass        # it has ended already
 
 
 def _handles(pid, signal):

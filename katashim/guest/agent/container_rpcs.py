@@ -50,7 +50,8 @@ class ContainerRpcs(Rpcs):
         container = self.sandbox.container(request.container_id, _quoted_invalid_id)
         if container.cgroup is None:
             return self.make("grpc.StatsContainerResponse")
-        return self.make("grpc.StatsContainerResponse", cgroup_stats=counters.read(container.cgroup, self.make))
+        return self.make("grpc.StatsContainerResponse",
+                         cgroup_stats=counters.read(container.cgroup, self.make))
 
     def UpdateContainer(self, request):
         container = self.sandbox.container(request.container_id, _quoted_invalid_id)
@@ -80,7 +81,8 @@ class ProcessRpcs(Rpcs):
         if request.exec_id in ("", container.id):
             self.sandbox.has_ended(container.id)
         # Whoever did not hear of the status may ask again.
-        return Answer(self.make("grpc.WaitProcessResponse", status=status), lambda: container.forget(request.exec_id))
+        return Answer(self.make("grpc.WaitProcessResponse", status=status),
+                      lambda: container.forget(request.exec_id))
 
     def ReadStdout(self, request):
         return self.make("grpc.ReadStreamResponse", data=self._process(request).read_stdout(request.len))

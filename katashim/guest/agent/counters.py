@@ -1,8 +1,8 @@
 """The counters of a container's cgroup as ``grpc.CgroupStats``: what StatsContainer answers.
 
 The message has version 1's shape; cgroup2's numbers are put into it the way upstream's agent does: times in
-nanoseconds, the io counters as operations ``read``, ``write``, ``rios``, ``wios``, ``dbytes``, ``dios``, a pids
-limit of 0 for none. What the kernel does not count is left out. Called by services.py.
+nanoseconds, the io counters as operations ``read``, ``write``, ``rios``, ``wios``, ``dbytes``, ``dios``, a
+pids limit of 0 for none. What the kernel does not count is left out. Called by services.py.
 """
 
 import os
@@ -11,9 +11,10 @@ from katashim.guest.agent import cgroup
 
 NO_LIMIT = (1 << 63) - 1
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-_IO_OPERATIONS = {"rbytes": "read", "wbytes": "write", "rios": "rios", "wios": "wios", "dbytes": "dbytes", "dios": "dios"}
-_BLKIO_FILES = ("io_service_bytes", "io_serviced", "io_queued", "io_service_time", "io_wait_time", "io_merged",
-                "time", "sectors")
+_IO_OPERATIONS = {"rbytes": "read", "wbytes": "write", "rios": "rios", "wios": "wios", "dbytes": "dbytes",
+                  "dios": "dios"}
+_BLKIO_FILES = ("io_service_bytes", "io_serviced", "io_queued", "io_service_time", "io_wait_time",
+                "io_merged", "time", "sectors")
 
 
 def read(group, make):
@@ -44,7 +45,8 @@ class _Reader:
         return int(text) if text.isdigit() else none
 
     def _table(self, controller, name):
-        return {key: int(value) for key, value in (line.split() for line in self._file(controller, name).splitlines())}
+        rows = (line.split() for line in self._file(controller, name).splitlines())
+        return {key: int(value) for key, value in rows}
 
     def _pids(self):
         return self._make("grpc.PidsStats", current=self._number("pids", "pids.current"),
@@ -52,7 +54,8 @@ class _Reader:
 
     def _entry(self, device, operation, value):
         major, _, minor = device.partition(":")
-        return self._make("grpc.BlkioStatsEntry", major=int(major), minor=int(minor), op=operation, value=value)
+        return self._make("grpc.BlkioStatsEntry", major=int(major), minor=int(minor), op=operation,
+                          value=value)
 
     def _hugetlb(self):
         """One for each page size that the kernel has a directory of files for."""
@@ -105,10 +108,11 @@ class _Unified(_Reader):
 class _Legacy(_Reader):
     def _cpu(self):
         times, throttling = self._table("cpuacct", "cpuacct.stat"), self._table("cpu", "cpu.stat")
+        per_cpu = self._file("cpuacct", "cpuacct.usage_percpu").split()
         return self._make(
             "grpc.CpuStats",
             cpu_usage=self._make("grpc.CpuUsage", total_usage=self._number("cpuacct", "cpuacct.usage"),
-                                 percpu_usage=[int(word) for word in self._file("cpuacct", "cpuacct.usage_percpu").split()],
+                                 percpu_usage=[int(word) for word in per_cpu],
                                  usage_in_usermode=times.get("user", 0) * _TICK_NS,
                                  usage_in_kernelmode=times.get("system", 0) * _TICK_NS),
             throttling_data=self._make("grpc.ThrottlingData", periods=throttling.get("nr_periods", 0),
@@ -134,7 +138,8 @@ class _Legacy(_Reader):
             text = (self._file("blkio", f"blkio.{name}_recursive")
                     or self._file("blkio", f"blkio.throttle.{name}_recursive"))
             rows = [line.split() for line in text.splitlines()]
-            fields["io_time_recursive" if name == "time" else f"{name}_recursive"] = [self._entry(row[0], row[1].lower() if len(row) == 3 else "", int(row[-1]))
+            field = "io_time_recursive" if name == "time" else f"{name}_recursive"
+            fields[field] = [self._entry(row[0], row[1].lower() if len(row) == 3 else "", int(row[-1]))
                              for row in rows if ":" in row[0]]
         return self._make("grpc.BlkioStats", **fields)
 

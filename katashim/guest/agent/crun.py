@@ -15,6 +15,9 @@ STATE_DIR = "/run/crun"
 _PATHS = ("/usr/bin/crun", "/usr/local/bin/crun", "/bin/crun")
 _TIMEOUT_S = 60
 
+# crun sets the OOM score for a container's init only; others inherit crun's own.
+_WITH_OOM_SCORE = ("/bin/sh", "-c", 'echo "$0" >/proc/self/oom_score_adj && exec "$@"')
+
 
 def create(cid, bundle, stdio, terminal, cgroups):
     """Set a container up to the point before its program runs; returns the reaper.Exit of its init.
@@ -29,8 +32,8 @@ def create(cid, bundle, stdio, terminal, cgroups):
 def start(cid, init):
     """Let the program of a created container run.
 
-    crun's `start` is one byte into a fifo that the init waits on. It may not have come to waiting yet, and one
-    that has died never will, so this tries until either is clear.
+    crun's `start` is one byte into a fifo that the init waits on. It may not have come to waiting yet, and
+    one that has died never will, so this tries until either is clear.
 
     :param init: the reaper.Exit of the container's init. :raises RpcError: it does not wait.
     """
@@ -57,11 +60,12 @@ def execute(cid, bundle, exec_id, process, stdio, cgroups):
     :param process: the runtime spec's process. :raises RpcError: crun's words.
     """
     path = f"{bundle}/exec-{exec_id}.json"
+    score = process["oomScoreAdj"]
     with open(path, "w") as file:
         file.write(jsontext.dumps(process))
     try:
         return _launch(["exec", "--detach", "--process", path], cid, bundle, f"exec-{exec_id}", stdio,
-                       process["terminal"], cgroups)
+                       process["terminal"], cgroups, [*_WITH_OOM_SCORE, str(score)] if score else [])
     finally:
         os.unlink(path)
 
@@ -93,10 +97,13 @@ def _run(arguments):
         raise RpcError(INTERNAL, done.text() or f"crun {arguments[0]} ended with {done.status}")
 
 
-def _launch(verb, cid, bundle, name, stdio, terminal, cgroups):
-    """Run ``crun create`` or ``crun exec`` with the process's stdio; returns the reaper.Exit of the process."""
+def _launch(verb, cid, bundle, name, stdio, terminal, cgroups, wrapper=()):
+    """Run ``crun create`` or ``crun exec`` with the process's stdio; returns its reaper.Exit.
+
+    :param wrapper: a program, and its first arguments, that executes what follows them.
+    """
     log_path, pid_path = f"{bundle}/{name}.log", f"{bundle}/{name}.pid"
-    argv = [_program(), "--root", STATE_DIR, "--log", log_path,
+    argv = [*wrapper, _program(), "--root", STATE_DIR, "--log", log_path,
             "--cgroup-manager", "cgroupfs" if cgroups else "disabled", *verb, "--pid-file", pid_path]
     listener = None
     if terminal:

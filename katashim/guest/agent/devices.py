@@ -101,9 +101,11 @@ def add_to_spec(oci, requests, timeout_s):
     renamed = {}
     for request in requests:
         if not request.type or not (request.id or request.vm_path) or not request.container_path:
-            raise RpcError(INTERNAL, f"invalid device {request!r}: type, id or vm_path, and container_path are needed")
+            raise RpcError(INTERNAL,
+                           f"invalid device {request!r}: type, id or vm_path, and container_path are needed")
         node = _node_of(request, timeout_s)
-        entry = next((item for item in oci["linux"]["devices"] if item["path"] == request.container_path), None)
+        entry = next((item for item in oci["linux"]["devices"]
+                      if item["path"] == request.container_path), None)
         if entry is None:
             raise RpcError(INTERNAL, f"Missing devices in OCI spec: {request.container_path}")
         facts = os.stat(node)

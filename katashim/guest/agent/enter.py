@@ -1,8 +1,8 @@
 """exec without crun: enter a container's namespaces, fork, take the process's identity, execute.
 
 ``crun exec`` costs 60 ms in an emulated guest, this a third of it. It does what crun does for the spec's
-process: user, groups, capabilities, limits, no_new_privs, OOM score, working directory, environment, terminal,
-cgroup. A container with a seccomp filter or a user namespace is left to crun (:func:`can_do`).
+process: user, groups, capabilities, limits, no_new_privs, OOM score, working directory, environment,
+terminal, cgroup. A container with a seccomp filter or a user namespace is left to crun (:func:`can_do`).
 Called by container.py.
 
 There is one fork: the calling thread says in which pid namespace its children are to be born (setns(2) with
@@ -138,8 +138,8 @@ def _cgroup_files(pid):
     with open(f"/proc/{pid}/cgroup") as file:
         for line in file:
             _, controllers, path = line.rstrip("\n").split(":", 2)
-            place = controllers.removeprefix("name=")
-            found = f"/sys/fs/cgroup/{place}{path}/cgroup.procs" if place else f"/sys/fs/cgroup{path}/cgroup.procs"
+            hierarchy = controllers.removeprefix("name=")       # none for cgroup2
+            found = f"/sys/fs/cgroup/{hierarchy}".rstrip("/") + f"{path}/cgroup.procs"
             if os.path.exists(found):
                 files.append(found)
     return files

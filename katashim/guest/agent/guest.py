@@ -1,4 +1,4 @@
-"""The guest as a machine: its CPUs and memory, clock, random numbers, swap, volumes' fill. Called by services.py."""
+"""The guest as a machine: CPUs and memory, clock, random numbers, swap, firewall. Called by pod_rpcs.py."""
 
 import fcntl
 import os

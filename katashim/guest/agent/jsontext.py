@@ -1,5 +1,5 @@
-"""JSON out of plain values. Python's json module takes 70 ms to load in an emulated guest; this is what we need
-of it. Called by crun.py and log.py."""
+"""JSON out of plain values. Python's json module takes 70 ms to load in an emulated guest; this is what we
+need of it. Called by crun.py and log.py."""
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 

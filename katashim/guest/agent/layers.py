@@ -3,7 +3,8 @@
 runtime-rs sends it as a group of storages in one CreateContainer (driver ``erofs.multi-layer``, or option
 ``X-kata.multi-layer=true``). Options: ``X-kata.overlay-upper`` or ``-lower`` says what an image is,
 ``X-kata.mkdir.path=PATH`` makes a directory first, where ``{{ mount 0 }}`` stands for the upper image
-and ``{{ mount 1 }}`` for the first lower one, ``X-kata.gpt-partitioned=true`` and ``X-kata.partition-number=N``
+and ``{{ mount 1 }}`` for the first lower one, ``X-kata.gpt-partitioned=true`` and
+``X-kata.partition-number=N``
 pick a partition. Called by storage.py.
 """
 
@@ -50,7 +51,8 @@ def mount(group, cid, timeout_s):
 
 
 def _split(group):
-    uppers = [item for item in group if _UPPER in item.options or _LOWER not in item.options and item.fstype == "ext4"]
+    uppers = [item for item in group
+              if _UPPER in item.options or _LOWER not in item.options and item.fstype == "ext4"]
     lowers = [item for item in group if item not in uppers]
     if len(uppers) != 1 or not lowers:
         raise RpcError(INTERNAL, f"multi-layer erofs needs one ext4 upper layer and erofs lower layers, "

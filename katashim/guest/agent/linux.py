@@ -94,7 +94,7 @@ def load_module(path, parameters=""):
 
 
 def open_in_root(root_fd, path, flags, mode=0):
-    """Open `path` as if the directory `root_fd` were the root: no symbolic link and no ``..`` leads out of it.
+    """Open `path` as if the directory `root_fd` were the root: neither a link nor ``..`` leads out.
 
     openat2(2) with RESOLVE_IN_ROOT.
     """

@@ -1,15 +1,17 @@
-"""GetMetrics: the agent's and the guest's counters as Prometheus text, under upstream's names. Called by services.py."""
+"""GetMetrics: counters of agent and guest as Prometheus text, by upstream's names. Called by pod_rpcs.py."""
 
 import os
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
-_DISK_COLUMNS = ("reads", "reads_merged", "sectors_read", "time_reading", "writes", "writes_merged", "sectors_written",
-                 "time_writing", "in_progress", "time_in_progress", "weighted_time_in_progress", "discards",
-                 "discards_merged", "sectors_discarded", "time_discarding", "flushes", "time_flushing")
-_NET_COLUMNS = ("recv_bytes", "recv_packets", "recv_errs", "recv_drop", "recv_fifo", "recv_frame", "recv_compressed",
-                "recv_multicast", "sent_bytes", "sent_packets", "sent_errs", "sent_drop", "sent_fifo", "sent_colls",
-                "sent_carrier", "sent_compressed")
+_DISK_COLUMNS = (
+    "reads", "reads_merged", "sectors_read", "time_reading", "writes", "writes_merged", "sectors_written",
+    "time_writing", "in_progress", "time_in_progress", "weighted_time_in_progress", "discards",
+    "discards_merged", "sectors_discarded", "time_discarding", "flushes", "time_flushing")
+_NET_COLUMNS = (
+    "recv_bytes", "recv_packets", "recv_errs", "recv_drop", "recv_fifo", "recv_frame", "recv_compressed",
+    "recv_multicast", "sent_bytes", "sent_packets", "sent_errs", "sent_drop", "sent_fifo", "sent_colls",
+    "sent_carrier", "sent_compressed")
 _CPU_COLUMNS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
 
 _scrapes = 0
@@ -36,7 +38,8 @@ def _of_agent():
     yield "kata_agent_total_vm", "gauge", [({}, int(stat[20]))]
     yield "kata_agent_total_rss", "gauge", [({}, int(stat[21]) * _PAGE)]
     yield "kata_agent_proc_status", "gauge", [
-        ({"item": key.lower()}, int(value.split()[0]) * 1024) for key, value in status.items() if value.endswith("kB")]
+        ({"item": key.lower()}, int(value.split()[0]) * 1024)
+        for key, value in status.items() if value.endswith("kB")]
     yield "kata_agent_proc_stat", "gauge", [({"item": name}, int(stat[index]) / _TICKS) for name, index in (
         ("utime", 11), ("stime", 12), ("cutime", 13), ("cstime", 14))]
     yield "kata_agent_io_stat", "gauge", [({"item": key}, int(value)) for key, value in io]
@@ -52,8 +55,8 @@ def _of_guest():
         ({"cpu": "total" if name == "cpu" else name[3:], "item": column}, int(value) / _TICKS)
         for name, *values in (line.split() for line in _lines("/proc/stat") if line.startswith("cpu"))
         for column, value in zip(_CPU_COLUMNS, values)]
-    yield "kata_guest_vm_stat", "gauge", [({"item": name}, int(value))
-                                          for name, value in (line.split() for line in _lines("/proc/vmstat"))]
+    yield "kata_guest_vm_stat", "gauge", [
+        ({"item": name}, int(value)) for name, value in (line.split() for line in _lines("/proc/vmstat"))]
     yield "kata_guest_meminfo", "gauge", [
         ({"item": name.lower()}, int(value.split()[0]) * (1024 if value.endswith("kB") else 1))
         for name, value in (line.split(":") for line in _lines("/proc/meminfo"))]
@@ -62,7 +65,8 @@ def _of_guest():
         for name, _, values in (line.partition(":") for line in _lines("/proc/net/dev")[2:])
         for column, value in zip(_NET_COLUMNS, values.split())]
     yield "kata_guest_diskstat", "gauge", [
-        ({"disk": row[2], "item": column}, int(value)) for row in (line.split() for line in _lines("/proc/diskstats"))
+        ({"disk": row[2], "item": column}, int(value))
+        for row in (line.split() for line in _lines("/proc/diskstats"))
         for column, value in zip(_DISK_COLUMNS, row[3:])]
     yield from _filesystems()
 
@@ -79,7 +83,8 @@ def _filesystems():
             labels = {"mountpoint": mount_point, "fstype": fstype}
             sizes += [({**labels, "item": "size"}, facts.f_blocks * facts.f_frsize),
                       ({**labels, "item": "free"}, facts.f_bfree * facts.f_frsize)]
-            inodes += [({**labels, "item": "total"}, facts.f_files), ({**labels, "item": "free"}, facts.f_ffree)]
+            inodes += [({**labels, "item": "total"}, facts.f_files),
+                       ({**labels, "item": "free"}, facts.f_ffree)]
     yield "kata_guest_filesystem_bytes", "gauge", sizes
     yield "kata_guest_filesystem_inodes", "gauge", inodes
 

@@ -1,7 +1,7 @@
 """rtnetlink for the guest's one network namespace: links, addresses, routes, neighbours.
 
-The host's katashim.resources.netlink knows more, but loads modules that cost the guest 150 ms; this is what the
-agent's RPCs need. Implements rtnetlink(7). Called by network.py.
+The host's katashim.resources.netlink knows more, but loads modules that cost the guest 150 ms; this is what
+the agent's RPCs need. Implements rtnetlink(7). Called by network.py.
 """
 
 import os
@@ -20,7 +20,7 @@ _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _LINK = struct.Struct("=BxHiII")            # family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")          # family, prefix length, flags, scope, index
-_ROUTE_HEADER = struct.Struct("=BBBBBBBBI")     # family, dst len, src len, tos, table, protocol, scope, type, flags
+_ROUTE_HEADER = struct.Struct("=BBBBBBBBI")     # family, dst len, src len, tos, table, ...
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")     # family, index, state, flags, type
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -109,12 +109,14 @@ class Netlink:
     def add_route(self, route):
         """Add or replace a :class:`Route`."""
         attributes = b"".join(_attribute(kind, value) for kind, value in (
-            (_RTA_DST, route.destination), (_RTA_GATEWAY, route.gateway), (_RTA_PREFSRC, route.source)) if value)
+            (_RTA_DST, route.destination), (_RTA_GATEWAY, route.gateway), (_RTA_PREFSRC, route.source))
+            if value)
         attributes += _attribute(_RTA_OIF, struct.pack("=I", route.index))
         if route.mtu:
             attributes += _attribute(_RTA_METRICS, _attribute(_RTAX_MTU, struct.pack("=I", route.mtu)))
-        self._request(NEWROUTE, REPLACE | _CREATE, _ROUTE_HEADER.pack(
-            route.family, route.prefix, 0, 0, TABLE_MAIN, PROTOCOL_BOOT, route.scope, UNICAST, route.flags) + attributes)
+        header = _ROUTE_HEADER.pack(route.family, route.prefix, 0, 0, TABLE_MAIN, PROTOCOL_BOOT, route.scope,
+                                    UNICAST, route.flags)
+        self._request(NEWROUTE, REPLACE | _CREATE, header + attributes)
 
     def add_neighbour(self, index, family, address, mac, state, flags):
         """Add or replace an entry of the neighbour table."""
@@ -135,7 +137,8 @@ class Netlink:
         :raises OSError: the kernel refuses.
         """
         self._sequence += 1
-        self._socket.send(_HEADER.pack(_HEADER.size + len(payload), kind, flags | _REQUEST, self._sequence, 0) + payload)
+        header = _HEADER.pack(_HEADER.size + len(payload), kind, flags | _REQUEST, self._sequence, 0)
+        self._socket.send(header + payload)
         while True:
             data = self._socket.recv(1 << 16)
             position = 0

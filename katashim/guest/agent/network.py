@@ -50,11 +50,13 @@ def update_interface(request, timeout_s):
 
 
 def interfaces():
-    """``{name, MAC text, MTU, [(family number of the messages, address, prefix)]}`` of all interfaces, as tuples."""
+    """All interfaces: tuples of name, MAC (text), MTU, and a list of ``(family, address, prefix length)``;
+    families are numbered as in messages."""
     with Netlink() as kernel:
         return [(link.name, _mac_text(link.mac), link.mtu,
                  [(_FAMILIES.index(family), inet_ntop(family, address), prefix)
-                  for family, address, prefix in link.addresses if family in _FAMILIES]) for link in kernel.links()]
+                  for family, address, prefix in link.addresses if family in _FAMILIES])
+                  for link in kernel.links()]
 
 
 def update_routes(requests):
@@ -87,7 +89,8 @@ def add_neighbours(requests):
         indexes = {link.name: link.index for link in kernel.links()}
         for request in requests:
             if request.toIPAddress is None or request.device not in indexes:
-                raise RpcError(INVALID_ARGUMENT, f"a neighbour lacks its address or an interface: {request!r}")
+                raise RpcError(INVALID_ARGUMENT,
+                               f"a neighbour lacks its address or an interface: {request!r}")
             family, address, _ = _address(request.toIPAddress)
             kernel.add_neighbour(indexes[request.device], family, address, _mac_bytes(request.lladdr),
                                  request.state or _PERMANENT, request.flags)
@@ -149,9 +152,14 @@ def _describe(route, names):
     destination = inet_ntop(route.family, route.destination) if route.destination else _ANY[route.family]
     if route.destination and route.prefix != width:
         destination = f"{destination}/{route.prefix}"
-    return {"dest": destination, "gateway": inet_ntop(route.family, route.gateway) if route.gateway else "",
-            "device": names.get(route.index, ""), "source": inet_ntop(route.family, route.source) if route.source else "",
-            "scope": route.scope, "family": _FAMILIES.index(route.family), "flags": route.flags, "mtu": route.mtu}
+    return {"dest": destination, "gateway": _text(route.family, route.gateway),
+            "device": names.get(route.index, ""), "source": _text(route.family, route.source),
+            "scope": route.scope, "family": _FAMILIES.index(route.family), "flags": route.flags,
+            "mtu": route.mtu}
+
+
+def _text(family, address):
+    return inet_ntop(family, address) if address else ""
 
 
 def _address(message):
@@ -159,7 +167,8 @@ def _address(message):
     family = AF_INET6 if message.family == 1 or ":" in message.address else AF_INET
     address, _ = _network(message.address, family)
     if not address or not message.mask.isdigit() and message.mask:
-        raise RpcError(INVALID_ARGUMENT, f"{message.address!r}/{message.mask!r} is no address with a prefix length")
+        raise RpcError(INVALID_ARGUMENT,
+                       f"{message.address!r}/{message.mask!r} is no address with a prefix length")
     return family, address, int(message.mask) if message.mask else len(address) * 8
 
 

@@ -26,7 +26,8 @@ class PodRpcs(Rpcs):
         """Change the size of tmpfs volumes."""
         for item in request.storages:
             if item.driver != "ephemeral" or item.fstype != "tmpfs":
-                raise RpcError(rpcerror.INTERNAL, f"Unsupported device type for update: {item.driver} ({item.fstype})")
+                raise RpcError(rpcerror.INTERNAL,
+                               f"Unsupported device type for update: {item.driver} ({item.fstype})")
             options = mounts.Options(word for word in item.options if not word.startswith("fsgid="))
             linux.mount("tmpfs", item.mount_point, "tmpfs", options.flags | linux.MS_REMOUNT, options.data)
 
@@ -41,7 +42,8 @@ class PodRpcs(Rpcs):
 
     def GetDiagnosticData(self, request):
         if request.log_type != "termination_log":
-            raise RpcError(rpcerror.INVALID_ARGUMENT, f'"unsupported diagnostic log_type: {request.log_type}"')
+            raise RpcError(rpcerror.INVALID_ARGUMENT,
+                           f'"unsupported diagnostic log_type: {request.log_type}"')
         container = self.sandbox.container(request.container_id)
         wanted = container.annotations.get("io.kubernetes.container.terminationMessagePath", "")
         source = next((mount["source"] for mount in container.mounts if mount["destination"] == wanted), None)
@@ -87,10 +89,12 @@ class NetworkRpcs(Rpcs):
         return self.make("grpc.GetIPTablesResponse", data=guest.iptables_save(request.is_ipv6))
 
     def SetIPTables(self, request):
-        return self.make("grpc.SetIPTablesResponse", data=guest.iptables_restore(request.is_ipv6, request.data))
+        return self.make("grpc.SetIPTablesResponse",
+                         data=guest.iptables_restore(request.is_ipv6, request.data))
 
     def _routes(self):
-        return self.make("grpc.Routes", Routes=[self.make("types.Route", **route) for route in network.routes()])
+        return self.make("grpc.Routes", Routes=[self.make("types.Route", **route)
+                                                for route in network.routes()])
 
 
 class GuestRpcs(Rpcs):
@@ -127,7 +131,8 @@ class GuestRpcs(Rpcs):
         total, free, used, inodes, inodes_free, inodes_used = guest.volume_fill(request.volume_guest_path)
         return self.make("grpc.VolumeStatsResponse", usage=[
             self.make("grpc.VolumeUsage", total=total, available=free, used=used, unit=_BYTES),
-            self.make("grpc.VolumeUsage", total=inodes, available=inodes_free, used=inodes_used, unit=_INODES)],
+            self.make("grpc.VolumeUsage", total=inodes, available=inodes_free, used=inodes_used,
+                      unit=_INODES)],
             volume_condition=self.make("grpc.VolumeCondition"))
 
     def ResizeVolume(self, request):

@@ -38,7 +38,8 @@ class Stdio:
         (stdin_read, stdin_write), (stdout_read, stdout_write), (stderr_read, stderr_write) = pipes
         self.child = (stdin_read, stdout_write, stderr_write)
         self.terminal = None
-        self.stdin, self.stdout, self.stderr = _Stream(stdin_write), _Stream(stdout_read), _Stream(stderr_read)
+        self.stdin = _Stream(stdin_write)
+        self.stdout, self.stderr = _Stream(stdout_read), _Stream(stderr_read)
 
     def started(self):
         """The process has its ends: close ours of them, or its end would never be seen."""

@@ -56,7 +56,10 @@ class Sandbox:
         return self._namespaces.get(kind, "")
 
     def destroy(self):
-        """Remove all containers and end whoever waits for an OOM event. :raises RpcError: it was done before."""
+        """Remove all containers and end whoever waits for an OOM event.
+
+        :raises RpcError: it was done before.
+        """
         with self._lock:
             if self._destroyed:
                 raise RpcError(INTERNAL, '"failed to get sandbox sender channel"')

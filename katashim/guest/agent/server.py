@@ -22,7 +22,8 @@ _HEADER = struct.Struct(">IIBB")
 class Answer:
     """What a handler returns when something may only happen once its caller has the answer.
 
-    :param response: the message. :param after: called without arguments when it has been sent; not called for a
+    :param response: the message. :param after: called without arguments when it has been sent; not called for
+    a
         caller that went away or whose deadline has passed.
     """
 
@@ -43,7 +44,8 @@ class Server:
         self._methods = {}
         for service, methods in services.items():
             self._methods[service] = {
-                name: (codec.type(types[0]) if name in handlers[service] else None, handlers[service].get(name))
+                name: (codec.type(types[0]) if name in handlers[service] else None,
+                       handlers[service].get(name))
                 for name, types in methods.items()}
         self._request = codec.type("ttrpc.Request")
         self._workers = Workers()

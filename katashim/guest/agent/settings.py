@@ -1,13 +1,13 @@
 """The agent's settings: words of the kernel's command line, then two environment variables.
 
-The words are the Kata agent's (``agent.log=debug``). Words that are not the agent's are other people's; a value of
-ours that cannot be read ends the agent at start-up, as upstream does. Called by main.py.
+The words are the Kata agent's (``agent.log=debug``). Words that are not the agent's are other people's; a
+value of ours that cannot be read ends the agent at start-up, as upstream does. Called by main.py.
 """
 
 import os
 
-LOG_LEVELS = {"fatal": 0, "panic": 0, "critical": 0, "error": 1, "warn": 2, "warning": 2, "info": 3, "debug": 4,
-              "trace": 5}
+LOG_LEVELS = {"fatal": 0, "panic": 0, "critical": 0, "error": 1, "warn": 2, "warning": 2, "info": 3,
+              "debug": 4, "trace": 5}
 
 
 class BadSetting(ValueError):

@@ -1,4 +1,4 @@
-"""The host's container spec, from the wire's messages to the runtime spec that crun reads, amended for the guest.
+"""The host's container spec, from the wire's messages to the runtime spec that crun reads, amended.
 
 The messages (kata_oci.proto) cannot tell absent from zero, so a zero limit means none. Two dialects
 come in: runtime-rs names namespaces ``mnt`` and ``net`` and capabilities without ``CAP_``, Go's runtime
@@ -53,19 +53,20 @@ def process(message):
     if message.ConsoleSize is not None:
         oci["consoleSize"] = {"height": message.ConsoleSize.Height, "width": message.ConsoleSize.Width}
     if message.Capabilities is not None:
-        oci["capabilities"] = {name: [capability(item) for item in getattr(message.Capabilities, name.capitalize())]
+        oci["capabilities"] = {name: [capability(item)
+                                      for item in getattr(message.Capabilities, name.capitalize())]
                                for name in _CAPABILITY_SETS}
     return oci
 
 
 def capability(name):
-    """A capability in the runtime spec's spelling: ``CHOWN`` and ``"CAP_CHOWN"`` (quoted) both become CAP_CHOWN."""
+    """A capability in the runtime spec's spelling: ``CHOWN`` and ``"CAP_CHOWN"`` (quoted) are CAP_CHOWN."""
     name = name.strip('"').upper()
     return name if name.startswith("CAP_") else f"CAP_{name}"
 
 
 def resources(message):
-    """A ``grpc.LinuxResources`` as the runtime spec's resources; limits that are not above zero are left out."""
+    """A ``grpc.LinuxResources`` as the runtime spec's resources, without limits that are not above zero."""
     oci = {}
     if message.Devices:
         oci["devices"] = [_device_rule(rule) for rule in message.Devices]
@@ -77,14 +78,15 @@ def resources(message):
     if message.CPU is not None:
         oci["cpu"] = _above_zero(message.CPU, shares="Shares", quota="Quota", period="Period",
                                  realtimeRuntime="RealtimeRuntime", realtimePeriod="RealtimePeriod")
-        oci["cpu"].update({name: value for name, value in (("cpus", message.CPU.Cpus), ("mems", message.CPU.Mems))
-                           if value})
+        sets = {"cpus": message.CPU.Cpus, "mems": message.CPU.Mems}
+        oci["cpu"].update({name: value for name, value in sets.items() if value})
     if message.Pids is not None and message.Pids.Limit > 0:
         oci["pids"] = {"limit": message.Pids.Limit}
     if message.BlockIO is not None:
         oci["blockIO"] = _block_io(message.BlockIO)
     if message.HugepageLimits:
-        oci["hugepageLimits"] = [{"pageSize": item.Pagesize, "limit": item.Limit} for item in message.HugepageLimits]
+        oci["hugepageLimits"] = [{"pageSize": item.Pagesize, "limit": item.Limit}
+                                 for item in message.HugepageLimits]
     if message.Network is not None:
         oci["network"] = {"classID": message.Network.ClassID,
                           "priorities": [{"name": item.Name, "priority": item.Priority}
@@ -127,7 +129,7 @@ def amend(oci, *, cid, rootfs, sandbox, pid_namespace, unified_cgroups):
 
 
 def cgroups_path(path, cid):
-    """The cgroup of a container below the guest's root: systemd's ``slice:prefix:name`` becomes directories."""
+    """The cgroup of a container below the guest's root: ``slice:prefix:name`` becomes directories."""
     if not path:
         return f"/{cid}"
     if ":" in path:
@@ -203,7 +205,8 @@ def _hook(message):
 
 
 def _seccomp(message):
-    oci = {"defaultAction": message.DefaultAction, "architectures": list(message.Architectures), "syscalls": []}
+    oci = {"defaultAction": message.DefaultAction, "architectures": list(message.Architectures),
+           "syscalls": []}
     if message.Flags:
         oci["flags"] = list(message.Flags)
     for call in message.Syscalls:
@@ -211,14 +214,15 @@ def _seccomp(message):
         if call.errnoret is not None:
             rule["errnoRet"] = call.errnoret
         if call.Args:
-            rule["args"] = [{"index": item.Index, "value": item.Value, "valueTwo": item.ValueTwo, "op": item.Op}
+            rule["args"] = [{"index": item.Index, "value": item.Value, "valueTwo": item.ValueTwo,
+                             "op": item.Op}
                             for item in call.Args]
         oci["syscalls"].append(rule)
     return oci
 
 
 def _apply_sysctls(sysctls, namespaces):
-    """Write network sysctls into the guest, which is the pod's network namespace; returns those left for crun.
+    """Write network sysctls into the guest, the pod's network namespace; returns those left for crun.
 
     :raises RpcError: one that belongs to no namespace of the container.
     """

@@ -17,6 +17,7 @@ _OVERLAY_RW = "io.katacontainers.fs-opt.overlay-rw"
 _MAKE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
 _GROUP_ID = "fsgid="
 _ON_ROOT_MISMATCH = 1
+_MAKE_EXT4 = ("/sbin/mkfs.ext4", "-F", "-O", "^has_journal", "-m", "0", "-i", "163840", "-I", "128")
 _HUGE_PAGES = "/sys/kernel/mm/hugepages"
 
 
@@ -29,7 +30,7 @@ class Storages:
     def __init__(self, hotplug_timeout_s):
         self._timeout_s = hotplug_timeout_s
         self._lock = threading.Lock()       # guards _counts
-        self._counts = {}                   # mount point -> [users, whether we unmount it, whether it is kept]
+        self._counts = {}       # mount point -> [users, whether we unmount it, whether it is kept]
 
     def add(self, requests, cid):
         """Set up `requests` (``grpc.Storage``) for the container `cid`, "" for the pod.
@@ -46,7 +47,8 @@ class Storages:
                         taken.append(self._take(layers.mount_point(group), group[0],
                                                 lambda: layers.mount(group, cid, self._timeout_s)))
                     continue
-                taken.append(self._take(request.mount_point, request, lambda request=request: self._make(request, cid)))
+                taken.append(self._take(request.mount_point, request,
+                                        lambda request=request: self._make(request, cid)))
         except BaseException:
             self.release(taken)
             raise
@@ -89,7 +91,7 @@ class Storages:
 
 
 def mount_common(request, source, fstype=None, options=None):
-    """Mount a storage and give it its group. :param source: the guest's, where it differs from the request's."""
+    """Mount a storage and give it its group. :param source: as the guest has it."""
     if source == PREMOUNTED and mounts.type_at(request.mount_point):
         log.info("storage", f"{PREMOUNTED} is mounted on {request.mount_point} already")
         return
@@ -103,7 +105,8 @@ def _block(request, cid, timeout_s):
     device = devices.locate(request.driver, request.source, timeout_s)
     given = dict(option.partition("=")[::2] for option in request.driver_options)
     if given.get("encryption_key"):
-        raise RpcError(INTERNAL, "encrypted storage needs the confidential data hub, which this guest does not have")
+        raise RpcError(INTERNAL,
+                       "encrypted storage needs the confidential data hub, which this guest does not have")
     if "create_filesystem" in given:
         _make_filesystem(device, request.fstype)
     mount_common(request, device)
@@ -174,8 +177,7 @@ def _make_filesystem(device, fstype):
     if fstype != "ext4":
         raise RpcError(INTERNAL, f"cannot create a {fstype} filesystem on {device}, only ext4")
     from katashim.guest.agent import programs
-    done = programs.run(["/sbin/mkfs.ext4", "-F", "-O", "^has_journal", "-m", "0", "-i", "163840", "-I", "128", device],
-                        timeout_s=120)
+    done = programs.run([*_MAKE_EXT4, device], timeout_s=120)
     if done.status != 0:
         raise RpcError(INTERNAL, f"mkfs.ext4 of {device}: {done.text()}")
 

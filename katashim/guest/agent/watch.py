@@ -1,8 +1,9 @@
 """Watchable bind mounts: configuration files that are copied from the shared filesystem as they change.
 
-A container's inotify does not hear of changes that the host makes below a virtio-fs. So small trees (Kubernetes'
-secrets and config maps) are copied into a tmpfs, every two seconds, and that is what the container sees. Trees
-of more than 16 files or 1 MiB are bound instead, as upstream does. Called by storage.py.
+A container's inotify does not hear of changes that the host makes below a virtio-fs. So small trees
+(Kubernetes' secrets and config maps) are copied into a tmpfs, every two seconds, and that is what the
+container sees. Trees of more than 16 files or 1 MiB are bound instead, as upstream does. Called by
+storage.py.
 """
 
 import os
