@@ -68,21 +68,17 @@ def _descriptors():
 
 
 def _children():
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return {}
     found = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/stat") as stat:
-                    head, _, tail = stat.read().rpartition(")")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if tail.split()[1] == str(os.getpid()):
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/children") as children:
+                pids = children.read().split()
+            for pid in pids:
+                with open(f"/proc/{pid}/comm") as comm:
+                    program = comm.read().rstrip()
                 # By name: a daemon of a wider scope that a test has restarted is no leak.
-                program = head.partition("(")[2]
                 count = sum(key[0] == program for key in found)
-                found[program, count] = f"child process {name} ({program})"
+                found[program, count] = f"child process {pid} ({program})"
+        except (FileNotFoundError, ProcessLookupError):
+            continue                        # a thread or a child that has just ended
     return found
