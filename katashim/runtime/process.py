@@ -60,6 +60,11 @@ class Process:
         """How the agent addresses it."""
         return {"container_id": self.container.id, "exec_id": self.exec_id or self.container.id}
 
+    @property
+    def attended(self):
+        """Whether it exists in the guest, or did: only then is there an end to tell of."""
+        return bool(self._greenlets)
+
     # -- its beginning ----------------------------------------------------------------------------
     def open_stdio(self, namespace):
         """Open the host's ends of its streams."""

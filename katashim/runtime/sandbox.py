@@ -314,7 +314,7 @@ class Sandbox:
         """All processes that are in the guest and have not ended."""
         return [process for container in list(self.containers.values())
                 for process in (container.init, *container.execs.values())
-                if process.status != STOPPED and (process is container.init or process.stdio is not None)]
+                if process.attended and process.status != STOPPED]
 
     def _end_processes(self):
         """Every process that is not known to have ended has ended now."""

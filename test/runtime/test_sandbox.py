@@ -108,6 +108,8 @@ def test_the_vmms_death_in_the_middle_of_a_call(pods, method, call):
     pod.flush()
     for container_id in (pod.id, "idle"):
         assert pod.events.of(container_id).count("exit") == 1
+    assert pod.events.of("another") == []
+    assert not {"exec-started e1", "exit e1"} & set(pod.events.of(pod.id))
 
 
 def test_killing_what_dies_with_its_vm_is_no_error(pods):
