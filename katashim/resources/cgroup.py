@@ -62,7 +62,8 @@ class SandboxCgroup:
         """
         with self._undo.scope():
             for path in filter(None, (self.path, self.overhead_path)):
-                self._entries.append(self._undo.push("cgroup", path=path))
+                new = _in_thread("looking for the cgroup " + path, cgroupfs.missing, path)
+                self._entries.append(self._undo.push("cgroup", path=path, new=new))
                 _in_thread("making the cgroup " + path, cgroupfs.create, path)
             home = self.overhead_path or self.path
             _in_thread(f"moving process {pid} into the cgroup {home}", cgroupfs.add_process, home, pid)

@@ -146,13 +146,21 @@ def figures(path):
     return Figures(**found)
 
 
-def remove_path(path, wait_s=5.0):
+def missing(path):
+    """The directories of the cgroup `path`, one for each hierarchy, that do not exist yet."""
+    directories = [hierarchy.directory(check_path(path)) for hierarchy in hierarchies()]
+    return [directory for directory in directories if not os.path.exists(directory)]
+
+
+def remove_path(path, wait_s=5.0, new=()):
     """Remove the cgroup `path` from every hierarchy, and its marked parents that it leaves empty.
 
     This process itself is moved out first; others that are about to die are waited for. What katashim
     has not made stays. No error when there is nothing.
 
     :param wait_s: seconds for all hierarchies together.
+    :param new: directories that were :func:`missing` before katashim made them: a maker that was killed
+        in the middle had no time to mark its last one.
     :raises Unavailable: processes are in it still; names them.
     :raises FailedPrecondition: the kernel refuses.
     """
@@ -161,7 +169,7 @@ def remove_path(path, wait_s=5.0):
     for hierarchy in hierarchies() if path else ():
         directory = hierarchy.directory(path)
         _leave(hierarchy, path)
-        if _is_marked(directory):
+        if directory in new or _is_marked(directory):
             _remove_when_empty(directory, end)
         parent = os.path.dirname(directory)
         while parent != hierarchy.root and not os.path.exists(directory) and _is_marked(parent):

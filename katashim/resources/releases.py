@@ -44,8 +44,8 @@ def _remove_netns(path):
     netns.remove(path)
 
 
-def _remove_cgroup(path):
-    cgroupfs.remove_path(path)
+def _remove_cgroup(path, new=()):
+    cgroupfs.remove_path(path, new=new)
 
 
 RELEASES = {

@@ -185,6 +185,18 @@ def test_what_was_there_before_stays(name):
             os.removedirs(directory)
 
 
+def test_what_a_maker_was_killed_over_is_removed_by_the_journal(name):
+    """It had been made, but not marked yet."""
+    undo_stack = stack()
+    new = cgroupfs.missing(name)
+    undo_stack.push("cgroup", path=name, new=new)
+    os.mkdir(new[0])
+    cgroup.remove_path(name)
+    assert directories(name) == new[:1]         # without the journal it is a stranger's
+    assert undo_stack.unwind() == []
+    assert directories(name) == []
+
+
 @pytest.mark.parametrize("path", ["", "/", "no-such-cgroup-here/at-all"])
 def test_removing_nothing_is_no_error(path):
     cgroup.remove_path(path)
