@@ -99,7 +99,7 @@ def test_without_the_variable_there_is_no_fake(pods):
 
 
 def test_a_hypervisor_without_a_driver_is_unsupported():
-    with pytest.raises(errors.Unsupported, match="there is no driver for the hypervisor 'dragonball'"):
+    with pytest.raises(errors.Unsupported, match="no driver for the hypervisor 'dragonball'; katashim has qemu$"):
         bringup.driver("dragonball")
     assert bringup.driver("qemu").name == "qemu"
 
