@@ -282,12 +282,14 @@ class Faulty:
     A fault is ``METHOD=ACTION`` or ``METHOD=ACTION:ARGUMENT``; METHOD is an RPC's name. Actions:
     ``die`` (the VMM is gone at once), ``hang`` (never answered), ``mute`` (done, never answered),
     ``refuse:CODE`` (an error status), ``delay:SECONDS``, ``late:SECONDS`` (done at once, answered then),
-    ``hangup`` (all connections are closed).
+    ``hangup`` (all connections are closed), ``hold`` (done when the fault is taken away),
+    ``latch`` (done at once, answered then).
     """
 
     def __init__(self, agent, faults, die, hang_up):
         self._agent, self._die, self._hang_up = agent, die, hang_up
         self._faults = {}
+        self._held = {}                 # method -> Event
         self.add(faults)
 
     def add(self, faults):
@@ -295,6 +297,10 @@ class Faulty:
         for fault in filter(None, faults.split(",")):
             method, _, action = fault.partition("=")
             self._faults[method] = action
+            if action in ("hold", "latch"):
+                self._held[method] = Event()
+            elif method in self._held:
+                self._held.pop(method).set()
 
     def __getattr__(self, name):
         handler = getattr(self._agent, name)
@@ -306,10 +312,16 @@ class Faulty:
             answer = handler(request, context)
             if action == "mute":
                 Event().wait()
+            elif action == "latch":
+                self._wait_for_release(name)
             elif action == "late":
                 gevent.sleep(float(argument))
             return answer
         return handle
+
+    def _wait_for_release(self, name):
+        if name in self._held:          # else the fault was taken away meanwhile
+            self._held[name].wait()
 
     def _before(self, action, argument, name):
         if action == "die":
@@ -318,6 +330,8 @@ class Faulty:
             Event().wait()
         elif action == "refuse":
             raise refusal(int(argument), f"{name} is refused, as was ordered")
+        elif action == "hold":
+            self._wait_for_release(name)
         elif action == "delay":
             gevent.sleep(float(argument))
         elif action == "hangup":

@@ -360,6 +360,18 @@ class Pod:
                 stream.flush()
                 return json.loads(stream.readline())
 
+    def calls(self, method):
+        """How often the agent has been asked for `method`."""
+        return self.order(ask="calls").count(method)
+
+    def await_call(self, method, after=0):
+        """Wait until the agent has been asked for `method` more than `after` times."""
+        with green.deadline(WAIT_S, lambda: f"{method}; {os.listdir(self.place.run_root)}"):
+            while not os.path.exists(os.path.join(self.place.run_dir, "fake.control")):
+                gevent.sleep(0.005)
+            while self.calls(method) <= after:
+                gevent.sleep(0.005)
+
     def vmm_pid(self):
         """The pid that the shim has written into state.json."""
         return state.read(self.place.run_dir)["hypervisor"]["pid"]

@@ -135,7 +135,7 @@ STAGES = {"boot=mute": None, "boot=silent": None, "CreateSandbox=hang": "CreateS
 def test_a_shutdown_in_the_middle_of_a_boot_is_heard(pods, fault):
     pod = pods(fault, kind=Daemon)
     creating = pod.spawn("Create", **pod.creation(pod.id, "true"))
-    await_stage(pod, STAGES[fault])
+    pod.await_call(STAGES[fault], after=0 if STAGES[fault] else -1)
     watch = green.Stopwatch(5)
     pod.shut_down()
     assert watch.left() > 0, "the shutdown took more than 5 s"
@@ -149,7 +149,7 @@ def test_a_shutdown_in_the_middle_of_a_boot_is_heard(pods, fault):
 def test_a_client_that_goes_away_in_the_middle_of_a_boot_ends_it(pods, fault):
     pod = pods(fault, kind=Daemon)
     creating = pod.spawn("Create", **pod.creation(pod.id, "true"))
-    await_stage(pod, STAGES[fault])
+    pod.await_call(STAGES[fault], after=0 if STAGES[fault] else -1)
     pod.reconnect()
     creating.join(5)
     assert isinstance(creating.exception, errors.ConnectionClosed)
@@ -157,15 +157,6 @@ def test_a_client_that_goes_away_in_the_middle_of_a_boot_ends_it(pods, fault):
         while os.listdir(pod.place.run_root):
             gevent.sleep(0.02)
     pod.nothing_is_left()
-
-
-def await_stage(pod, method):
-    """Wait until the VMM runs, and then until its agent has been asked for `method`."""
-    with green.deadline(10, lambda: f"{method}; {os.listdir(pod.place.run_root)}"):
-        while not os.path.exists(os.path.join(pod.place.run_dir, "fake.control")):
-            gevent.sleep(0.01)
-        while method is not None and method not in pod.order(ask="calls"):
-            gevent.sleep(0.01)
 
 
 # -- facts of the spec ----------------------------------------------------------------------------

@@ -108,24 +108,31 @@ def test_verbs_take_turns(pod, faults):
 
 def test_a_kill_does_not_wait_its_turn(pod, faults):
     pod.start("c1", "sleep", "1000")
-    faults("UpdateContainer=delay:0.5")
+    faults("UpdateContainer=hold")
+    before = pod.calls("UpdateContainer")
     updating = pod.spawn("Update", id="c1", resources=packed({}))
-    gevent.sleep(0.02)
+    pod.await_call("UpdateContainer", after=before)
     pod.call("Kill", id="c1", signal=9)
     assert pod.wait("c1") == 137
     assert not updating.ready()
+    faults.over()
     updating.get(timeout=5)
 
 
 def test_a_container_that_dies_while_it_is_paused_or_resumed(pod, faults):
     pod.start("c1", "sleep", "1000")
-    faults("PauseContainer=late:0.2")
+    faults("PauseContainer=latch")
+    before = pod.calls("PauseContainer")
     pausing = pod.spawn("Pause", id="c1")
-    gevent.sleep(0.05)
+    pod.await_call("PauseContainer", after=before)
     pod.call("Kill", id="c1", signal=9)
     assert pod.wait("c1") == 137
+    faults.over()
     pausing.join(5)
+    assert isinstance(pausing.exception, errors.FailedPrecondition)
     assert pod.status("c1") == "stopped"
+    pod.flush()
+    assert pod.events.of("c1") == ["create", "start", "exit"]
 
 
 def test_deleting_an_exec_that_was_never_started(pod, faults):
@@ -155,11 +162,13 @@ def test_an_exec_that_runs_when_its_container_is_deleted_has_its_exit_told_befor
 
 def test_an_exec_whose_container_is_deleted_while_it_starts(pod, faults):
     pod.start("c1", "sleep", "1000")
-    faults("ExecProcess=late:0.3")
+    faults("ExecProcess=latch")
     pod.add_exec("c1", "e1", "sleep", "1000")
+    before = pod.calls("ExecProcess")
     starting = pod.spawn("Start", id="c1", exec_id="e1")
-    gevent.sleep(0.1)
+    pod.await_call("ExecProcess", after=before)
     pod.remove("c1")
+    faults.over()
     starting.join(5)
     assert isinstance(starting.exception, errors.FailedPrecondition)
     pod.flush()

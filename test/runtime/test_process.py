@@ -1,6 +1,5 @@
 """katashim.runtime.process: how a process's end is learned of, whatever goes wrong on the way."""
 
-import gevent
 import pytest
 from fake_pod import InProcess, Place
 
@@ -25,9 +24,13 @@ def faults(pod):
     def give(fault):
         given.append(fault.partition("=")[0])
         pod.order(fault=fault)
+    def take():
+        for method in given:
+            pod.order(fault=f"{method}=")
+        given.clear()
+    give.over = take
     yield give
-    for method in given:
-        pod.order(fault=f"{method}=")
+    take()
     if "c1" in pod.sandbox.containers:
         pod.remove("c1")
     pod.close_streams()
@@ -51,13 +54,14 @@ def test_statuses(pod, faults, script, status):
 
 def test_the_end_waits_for_the_answer_to_the_start(pod, faults):
     """The process has ended, its output too, WaitProcess has answered: but the start has not."""
-    faults("StartContainer=late:0.3")
+    faults("StartContainer=latch")
     pod.create("c1", "true")
+    before = pod.calls("WaitProcess")
     starting = pod.spawn("Start", id="c1")
-    gevent.sleep(0.2)
-    assert "WaitProcess" in pod.order(ask="calls") and not starting.ready()
-    assert pod.status("c1") == "created"
+    pod.await_call("WaitProcess", after=before)
+    assert not starting.ready() and pod.status("c1") == "created"
     assert not pod.sandbox.containers["c1"].init.exited.is_set()
+    faults.over()
     starting.get(timeout=5)
     assert pod.wait("c1") == 0
 

@@ -226,14 +226,15 @@ def test_a_vmm_that_hears_nothing_is_killed(pods):
     assert not child.is_alive(vmm, started)
 
 
-def test_states_during_a_teardown_answer_at_once(pods):
+def test_states_during_a_teardown_answer_at_once(pods, monkeypatch):
+    monkeypatch.setattr(sandboxes, "_GOODBYE_S", 1)
     pod = pods("DestroySandbox=hang")
     crowd(pod)
     stopping = pod.spawn("Shutdown", id=pod.id, now=True)
-    gevent.sleep(0.02)
+    pod.await_call("DestroySandbox")
     states = [pod.spawn("State", id=pod.id) for _ in range(50)]
-    gevent.joinall(states, timeout=0.2, raise_error=True)
-    assert all(each.ready() for each in states) and not stopping.ready()
+    gevent.joinall(states, timeout=10, raise_error=True)
+    assert not stopping.ready()
     with pytest.raises(errors.FailedPrecondition, match="is stopping"):
         pod.create("late", "true")
     stopping.get(timeout=5)
@@ -323,11 +324,7 @@ def test_a_sigkill_of_the_shim_at_any_moment(daemons, fault, call):
         pod.create(pod.id, "true")
         name = {"StartContainer": "Start", "RemoveContainer": "Delete"}[method]
         calls = pod.spawn(name, id=pod.id)
-    with green.deadline(WAIT_S, method):
-        while not os.path.exists(os.path.join(pod.place.run_dir, "fake.control")):
-            gevent.sleep(0.01)
-        while method not in pod.order(ask="calls"):
-            gevent.sleep(0.01)
+    pod.await_call(method)
     _, _, vmm = next(entry for entry in undo.read(os.path.join(pod.place.run_dir, "journal"))[1]
                      if entry[1] == "process")
     killed(pod, [(vmm["pid"], vmm["start_time"])])

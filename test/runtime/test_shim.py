@@ -34,11 +34,12 @@ def test_of_two_first_creates_at_once_one_has_the_sandbox(pods):
 
 
 def test_members_may_be_created_while_the_sandbox_boots(pods):
-    pod = pods("CreateSandbox=delay:0.2")
+    pod = pods("CreateSandbox=hold")
     names = [pod.id, "m1", "m2", "m3"]
     first = pod.spawn("Create", **pod.creation(pod.id, "true"))
-    gevent.sleep(0.05)
+    pod.await_call("CreateSandbox")
     others = [pod.spawn("Create", **pod.creation(name, "true")) for name in names[1:]]
+    pod.order(fault="CreateSandbox=")
     gevent.joinall([first, *others], timeout=10, raise_error=True)
     assert pod.order(ask="containers") == sorted(names)
 
@@ -57,13 +58,14 @@ def test_a_member_of_nobody_is_an_invalid_argument(pods):
 
 
 def test_states_during_the_boot_answer_at_once(pods):
-    pod = pods("CreateSandbox=delay:0.4")
+    pod = pods("CreateSandbox=hold")
     creating = pod.spawn("Create", **pod.creation(pod.id, "true"))
-    gevent.sleep(0.2)
+    pod.await_call("CreateSandbox")
     asked = [pod.spawn("State", id=pod.id) for _ in range(50)]
-    gevent.joinall(asked, timeout=0.1)
+    gevent.joinall(asked, timeout=10)
     assert all(isinstance(each.exception, errors.NotFound) for each in asked) and not creating.ready()
-    creating.get(timeout=5)
+    pod.order(fault="CreateSandbox=")
+    creating.get(timeout=10)
 
 
 def test_the_shim_is_empty_before_and_after(pods):

@@ -241,14 +241,15 @@ def test_a_second_delete_is_not_found_also_at_the_same_time(pod, cid):
 def test_fifty_states_during_a_delete_answer_at_once(pod, cid):
     pod.start(cid, "true")
     pod.wait(cid)
-    pod.order(fault="RemoveContainer=delay:0.3")
+    pod.order(fault="RemoveContainer=hold")
+    before = pod.calls("RemoveContainer")
     deleting = pod.spawn("Delete", id=cid)
-    gevent.sleep(0.02)
+    pod.await_call("RemoveContainer", after=before)
     states = [pod.spawn("State", id=cid) for _ in range(50)]
-    gevent.joinall(states, timeout=0.2, raise_error=True)
+    gevent.joinall(states, timeout=10, raise_error=True)
     assert {each.value.status for each in states} == {3} and not deleting.ready()
-    deleting.get()
     pod.order(fault="RemoveContainer=")
+    deleting.get(timeout=10)
 
 
 def test_a_container_that_the_agent_does_not_remove_is_deleted_all_the_same(pod, cid):
