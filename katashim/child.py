@@ -30,8 +30,8 @@ def start_time(pid):
             fields = stat.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    if fields[0] in (b"Z", b"X"):
-        return None         # a zombie runs no code and holds nothing; its parent will reap it
+    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
+        return None         # a zombie whose last thread has ended holds nothing; its parent will reap it
     return int(fields[19])
 
 

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import gevent
+import gevent.socket
 import pytest
 
 from katashim import child
@@ -212,3 +214,27 @@ def test_identity_works_without_gevent():
               "print(child.kill_identity(p.pid, child.start_time(p.pid)), 'gevent' in sys.modules); p.wait()")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "True False\n"
+
+
+def test_a_process_lives_until_its_last_thread_has_ended():
+    """Its first one may be a zombie before: descriptors and memory are there still."""
+    code = ("import ctypes, sys, threading\n"
+            "threading.Thread(target=sys.stdin.read).start()\n"
+            "ctypes.CDLL(None).pthread_exit(None)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 5
+        while state_of(process.pid) != "Z":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert child.start_time(process.pid) is not None
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.wait()
+    assert child.start_time(process.pid) is None
+
+
+def state_of(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
