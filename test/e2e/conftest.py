@@ -38,7 +38,15 @@ def a_containerd():
     with running:
         running.import_busybox()
         yield running
+        failures = traces_in(running.log_path)
     leaks.check(before)
+    assert not failures
+
+
+def traces_in(log_path):
+    """The records of a log that have the trace of an error that nobody foresaw."""
+    with open(log_path, errors="replace") as log:
+        return [line for line in log if "Traceback (most recent call last)" in line]
 
 
 @pytest.fixture(scope="module")
@@ -124,4 +132,6 @@ def shims(tmp_path_factory):
     make.log = f"{directory}/log"
     yield make
     leaks.check(before)
+    failures = traces_in(make.log)
     shutil.rmtree(directory)
+    assert not failures
