@@ -135,8 +135,9 @@ class Vmm:
 
 def listener_at(path):
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(path + ".new")
     listener.listen(64)
+    os.rename(path + ".new", path)      # who sees it can connect
     return listener
 
 
