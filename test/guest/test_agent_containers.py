@@ -1,10 +1,15 @@
 """Containers through the agent's RPCs, with the real crun, on this machine."""
 
+import json
 import os
 import threading
 
 import pytest
-from plain_client import Refused
+from agent_pods import Pod
+from host_agent import HostAgent
+from plain_client import PlainClient, Refused
+
+from katashim.ttrpc import proto
 
 
 def refusal(code, text):
@@ -102,16 +107,17 @@ def test_both_names_of_the_init(pod, client):
     assert client.call("WaitProcess", container_id=cid, exec_id=cid).status == 3
 
 
-def test_waiting_twice_finds_nothing_and_waiting_at_once_finds_the_same(pod, client):
+def test_all_who_wait_hear_of_the_end_and_nobody_after_them(pod, client):
     cid = pod.run("sh", "-c", "read x; exit 5")
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(pod.wait(cid))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    client.call("WriteStdin", container_id=cid, data=b"x\n")
-    for thread in threads:
-        thread.join(10)
-    assert found == [5, 5, 5]
+    waiting = proto.get("grpc.WaitProcessRequest")(container_id=cid).SerializeToString()
+    with client.connect() as connection:
+        for stream_id in (1, 3, 5):
+            client.send(connection, stream_id, "WaitProcess", waiting)
+        for _ in range(10):         # so that the three are waiting for sure
+            client.call("ListInterfaces")
+        client.call("CloseStdin", container_id=cid)
+        answers = dict(client.receive(connection) for _ in range(3))
+    assert answers == dict.fromkeys((1, 3, 5), b"\x08\x05")
     with refusal(5, "InitProcessNotFound"):
         pod.wait(cid)
 
@@ -234,3 +240,41 @@ def test_a_read_only_root(pod, client, busybox_root):
         assert b"Read-only" in pod.read("readonly", stream="Stderr")
     finally:
         client.call("RemoveContainer", container_id="readonly")
+
+
+def test_what_is_not_supported_is_refused_not_passed_over(pod, client, busybox_root):
+    from agent_pods import spec
+    with refusal(12, "shared_mounts"):
+        client.call("CreateContainer", container_id="no-shared", OCI=spec(busybox_root, "true"),
+                    shared_mounts=[{"name": "x"}])
+    with refusal(12, "passed descriptors"):
+        client.call("CreateContainer", container_id="no-ports", OCI=spec(busybox_root, "true"), stdout_port=7)
+
+
+def test_hooks_of_the_guest(host_agent, client, pod, tmp_path):
+    log = tmp_path / "log"
+    for kind in ("prestart", "poststart", "poststop"):
+        (tmp_path / kind).mkdir()
+        hook = tmp_path / kind / "10-hook"
+        hook.write_text(f"#!/bin/sh\necho {kind} $(cat) >> {log}\n")
+        hook.chmod(0o755)
+        (tmp_path / kind / "notes.txt").write_text("no hook")
+    agent = HostAgent(str(tmp_path))
+    try:
+        agent.wait_ready(PlainClient(agent.socket, service="grpc.Health"))
+        own = Pod(PlainClient(agent.socket), pod.root)
+        own.client.call("CreateSandbox", sandbox_id="the-pod", guest_hook_path=str(tmp_path))
+        cid = own.create("true", cgroup=f"/katashim-test/hooks-{os.getpid()}")
+        kind, _, state = log.read_text().partition(" ")
+        assert (kind, json.loads(state)["id"], json.loads(state)["status"]) == ("prestart", cid, "created")
+        own.client.call("StartContainer", container_id=cid)
+        assert own.wait(cid) == 0
+        own.remove(cid)
+        kinds = [line.split()[0] for line in log.read_text().splitlines()]
+        assert kinds == ["prestart", "poststart", "poststop"]
+        (tmp_path / "prestart" / "20-refuse").symlink_to("/bin/false")
+        with refusal(13, "prestart hook .*20-refuse ended with 1"):
+            own.client.call("CreateSandbox", sandbox_id="again", guest_hook_path=str(tmp_path))
+            own.create("true", cgroup=f"/katashim-test/hooks-{os.getpid()}")
+    finally:
+        agent.stop()

@@ -132,7 +132,7 @@ def test_encrypted_storage_is_refused(pod):
                                              driver_options=["encryption_key=ephemeral"])])
 
 
-def test_configuration_is_followed(pod, tmp_path):
+def test_configuration_is_followed(pod, tmp_path, host_agent):
     (tmp_path / "first").write_text("one")
     path = f"{BASE}/shared/containers/watchable/config"
     cid = pod.run("sleep", "1000", mounts=[bind(path, "/config")], storages=[
@@ -144,6 +144,8 @@ def test_configuration_is_followed(pod, tmp_path):
              "do sleep 0.1; i=$((i+1)); test $i -lt 60 || exit 1; done")
     assert pod.output(cid, "sh", "-c", waits) == ""
     assert pod.output(cid, "cat", "/config/second") == "two"
+    pod.remove(cid)
+    assert path not in host_agent.mount_points()
 
 
 def test_layers_need_an_upper_and_a_lower(pod):

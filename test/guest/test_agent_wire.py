@@ -133,12 +133,15 @@ def test_a_host_that_goes_away_in_mid_request(client, pod):
     for data in (b"\x00", _HEADER.pack(100, 1, 1, 0), _HEADER.pack(100, 1, 1, 0) + b"half"):
         with client.connect() as connected:
             connected.sendall(data)
-    cid = pod.run("echo", "x")
+    cid = pod.run("sh", "-c", "read x; echo $x; exit 3")
     with client.connect() as connected:
         client.send(connected, 1, "WaitProcess",
                     proto.get("grpc.WaitProcessRequest")(container_id=cid).SerializeToString())
+    for _ in range(10):         # so that the agent has seen the end of the connection
+        client.call("ListInterfaces")
+    client.call("WriteStdin", container_id=cid, data=b"x\n")
     assert pod.read(cid) == b"x\n"
-    assert pod.wait(cid) == 0       # the status went to nobody yet
+    assert pod.wait(cid) == 3       # the status went to nobody yet
 
 
 def test_a_status_that_came_too_late_can_be_asked_for_again(client, pod):

@@ -9,6 +9,7 @@ import os
 import select
 import threading
 import time
+from errno import EBUSY
 
 from katashim.guest.agent import log
 
@@ -64,6 +65,17 @@ class Cgroup:
         except FileNotFoundError:
             pass        # gone already
 
+    def remove(self, timeout_s=5):
+        """Remove it and what is below it, once its processes have gone.
+
+        :raises TimeoutError: some are still there after `timeout_s`.
+        """
+        directories = [self.directory("")] if self._unified else [
+            f"{ROOT}/{name}{self.path}" for name in os.listdir(ROOT)]
+        for directory in directories:
+            self._wait(lambda directory=directory: _remove_tree(directory), timeout_s,
+                       f"{directory} to be empty")
+
     def widen_cpus(self, cpus):
         """Let it run on the CPUs of the list `cpus` ("0-3"), new ones too. cgroup2 does so by itself."""
         if not self._unified:
@@ -109,6 +121,8 @@ class OomWatch:
         self._lock = threading.Lock()       # guards _watched and _thread
         self._watched = {}                  # fd to poll -> (container id, Cgroup, all its fds)
         self._poller = select.poll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)    # makes the poll take up another fd
+        self._poller.register(self._wake, select.POLLIN)
         self._thread = None
 
     def watch(self, cid, cgroup):
@@ -121,6 +135,7 @@ class OomWatch:
         with self._lock:
             self._watched[fds[0]] = (cid, cgroup, fds)
             self._poller.register(fds[0], mask)
+            os.eventfd_write(self._wake, 1)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="oom", daemon=True)
                 self._thread.start()
@@ -152,12 +167,13 @@ class OomWatch:
 
     def _run(self):
         while True:
-            # A new fd is seen at the next round at the latest: a poll in progress does not take it up.
-            for fd, _ in self._poller.poll(200):
+            for fd, _ in self._poller.poll():
                 with self._lock:
                     self._look(fd)
 
     def _look(self, fd):
+        if fd == self._wake:
+            os.eventfd_read(fd)
         if fd not in self._watched:
             return
         cid, cgroup, _ = self._watched[fd]
@@ -180,6 +196,20 @@ class OomWatch:
         self._poller.unregister(fd)
         for each in fds:
             os.close(each)
+
+
+def _remove_tree(directory):
+    """Remove a cgroup with those below it; False when one of them still has processes."""
+    for base, _, _ in os.walk(directory, topdown=False):
+        try:
+            os.rmdir(base)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            if exc.errno != EBUSY:
+                raise
+            return False
+    return True
 
 
 def _counter(text, name):

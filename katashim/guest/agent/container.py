@@ -7,7 +7,19 @@ are not, so nothing that waits for a process holds up anything else. Called by s
 import os
 import threading
 
-from katashim.guest.agent import cgroup, crun, devices, enter, jsontext, linux, log, mounts, passwd, spec
+from katashim.guest.agent import (
+    cgroup,
+    crun,
+    devices,
+    enter,
+    hooks,
+    jsontext,
+    linux,
+    log,
+    mounts,
+    passwd,
+    spec,
+)
 from katashim.guest.agent.process import Process, Stdio
 from katashim.guest.agent.rpcerror import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RpcError
 
@@ -31,7 +43,7 @@ class Container:
         self.cgroup = None
         self.annotations = {}
         self.mounts = ()
-        self._oci = None
+        self._oci = self._hooks = None
         self._state = None
         self._changing = threading.Lock()   # held by the verbs that change the container
         self._table = threading.Lock()      # guards _processes and _starting
@@ -56,18 +68,22 @@ class Container:
             with open(f"{self.bundle}/config.json", "w") as file:
                 file.write(jsontext.dumps(oci))
             self._start_init(oci, sandbox.settings.container_pipe_size)
+            sandbox.hooks.run(hooks.PRESTART, self.id, CREATED, self.init_pid(), self.bundle)
         except BaseException:
+            self._end_processes()
             self._clean_up()
             raise
-        self._oci = oci
+        self._oci, self._hooks = oci, sandbox.hooks
         self.annotations, self.mounts = oci["annotations"], oci["mounts"]
         self._state = CREATED
 
     def start(self):
         """Run its program."""
         with self._changing:
-            crun.start(self.id, self.process(self.id).end)
+            init = self.process(self.id)
+            crun.start(self.id, init.end)
             self._state = RUNNING
+            self._hooks.run(hooks.POSTSTART, self.id, RUNNING, init.pid, self.bundle)
 
     def execute(self, exec_id, message, pipe_size):
         """Start another process. :param message: the ``grpc.Process``.
@@ -109,12 +125,22 @@ class Container:
             raise RpcError(NOT_FOUND, name)
         return found
 
-    def forget(self, exec_id):
-        """Release a process that has ended and whose status has been told."""
+    def forget(self, exec_id, process):
+        """Take a process that has ended out of the table; another call no longer finds it.
+
+        :returns: to be called with whether its status was told to anybody. Only then its stdio is closed;
+            otherwise it is back in the table, for whoever asks again.
+        """
         with self._table:
-            process = self._processes.pop(exec_id or self.id, None)
-        if process is not None:
-            process.close()
+            ours = self._processes.pop(exec_id or self.id, None) is process
+
+        def settle(told):
+            if told:
+                process.close()
+            elif ours:
+                with self._table:
+                    self._processes.setdefault(exec_id or self.id, process)
+        return settle
 
     def signal(self, exec_id, number):
         """Send a signal. SIGKILL to the init goes to all there are, and SIGTERM becomes SIGKILL for an init
@@ -163,13 +189,9 @@ class Container:
         with self._changing:
             if self._state == PAUSED:
                 self.cgroup.freeze(False)
-            self.kill_all()
-            with self._table:
-                processes, self._processes = self._processes, {}
-            for process in processes.values():
-                process.end.wait(5)
-                process.close()
+            self._end_processes()
             self._clean_up()
+            self._hooks.run(hooks.POSTSTOP, self.id, "stopped", 0, self.bundle)
 
     def init_pid(self):
         """The pid of its init, None when that has ended and been waited for."""
@@ -202,12 +224,20 @@ class Container:
         if cgroup.is_mounted():
             self.cgroup = cgroup.Cgroup(oci["linux"]["cgroupsPath"])
 
+    def _end_processes(self):
+        self.kill_all()
+        with self._table:
+            processes, self._processes = self._processes, {}
+        for process in processes.values():
+            process.end.wait(5)
+            process.close()
+
     def _clean_up(self):
         """Remove what create made; every step is tried."""
-        for step in (lambda: crun.delete(self.id), lambda: mounts.remove_tree(self.bundle)):
+        for step in (lambda: crun.delete(self.id, self.cgroup), lambda: mounts.remove_tree(self.bundle)):
             try:
                 step()
-            except (OSError, RpcError) as exc:
+            except (OSError, RpcError) as exc:      # TimeoutError is an OSError
                 log.warning("container", f"removing {self.id}: {exc}")
 
 

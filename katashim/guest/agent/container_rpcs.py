@@ -16,6 +16,9 @@ class ContainerRpcs(Rpcs):
         _verify_id(request.container_id)
         if request.OCI is None:
             raise RpcError(rpcerror.INTERNAL, "EINVAL: Invalid argument")
+        if request.shared_mounts:
+            raise RpcError(rpcerror.UNIMPLEMENTED, "shared_mounts are not supported by this agent")
+        _refuse_passed_descriptors(request)
         self.sandbox.create_container(request)
 
     def StartContainer(self, request):
@@ -70,6 +73,7 @@ class ProcessRpcs(Rpcs):
         container = self.sandbox.container(request.container_id)
         if request.process is None:
             raise RpcError(rpcerror.INTERNAL, "Unable to parse process from ExecProcessRequest")
+        _refuse_passed_descriptors(request)
         container.execute(request.exec_id, request.process, self.sandbox.settings.container_pipe_size)
 
     def SignalProcess(self, request):
@@ -77,12 +81,10 @@ class ProcessRpcs(Rpcs):
 
     def WaitProcess(self, request):
         container = self._container(request)
-        status = container.process(request.exec_id).end.wait()
-        if request.exec_id in ("", container.id):
-            self.sandbox.has_ended(container.id)
-        # Whoever did not hear of the status may ask again.
+        process = container.process(request.exec_id)
+        status = process.end.wait()
         return Answer(self.make("grpc.WaitProcessResponse", status=status),
-                      lambda: container.forget(request.exec_id))
+                      container.forget(request.exec_id, process))
 
     def ReadStdout(self, request):
         return self.make("grpc.ReadStreamResponse", data=self._process(request).read_stdout(request.len))
@@ -119,6 +121,12 @@ _STDIN_WORDS = {"InvalidContainerId": "Invalid container id",
 
 def _quoted_invalid_id():
     return RpcError(rpcerror.INVALID_ARGUMENT, '"invalid container id"')
+
+
+def _refuse_passed_descriptors(request):
+    """stdio by a vsock connection for each stream is Dragonball's; output would be lost in silence."""
+    if request.stdin_port or request.stdout_port or request.stderr_port:
+        raise RpcError(rpcerror.UNIMPLEMENTED, "stdio by passed descriptors is not supported by this agent")
 
 
 def _verify_id(cid):

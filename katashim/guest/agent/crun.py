@@ -8,7 +8,7 @@ import os
 import time
 from errno import ENXIO
 
-from katashim.guest.agent import jsontext, programs, reaper, sockets
+from katashim.guest.agent import jsontext, mounts, programs, reaper, sockets
 from katashim.guest.agent.rpcerror import INTERNAL, RpcError
 
 STATE_DIR = "/run/crun"
@@ -78,10 +78,16 @@ def update(cid, bundle, resources):
     _run(["update", "--resources", path, cid])
 
 
-def delete(cid):
-    """Kill what runs, and remove crun's state and the cgroup. No error when crun does not know it."""
-    if os.path.isdir(f"{STATE_DIR}/{cid}"):
-        _run(["delete", "--force", cid])
+def delete(cid, group):
+    """Remove crun's state and the cgroup of a container whose processes have been killed.
+
+    This is what ``crun delete`` does, without starting it.
+
+    :param group: the container's cgroup.Cgroup, or None.
+    """
+    if group is not None:
+        group.remove()
+    mounts.remove_tree(f"{STATE_DIR}/{cid}")
 
 
 def _program():

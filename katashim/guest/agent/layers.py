@@ -29,7 +29,7 @@ def mount_point(group):
 
 
 def mount(group, cid, timeout_s):
-    """Mount all images and the overlay over them; True, for it is to be unmounted in the end."""
+    """Mount all images and the overlay over them; returns where the images are."""
     upper, lowers = _split(group)
     base = f"/run/kata-containers/{cid or 'sandbox'}/multi-layer"
     places = [f"{base}/upper", *(f"{base}/lower-{index}" for index in range(len(lowers)))]
@@ -47,7 +47,7 @@ def mount(group, cid, timeout_s):
         for place in reversed(done):
             mounts.unmount(place)
         raise
-    return True
+    return places
 
 
 def _split(group):

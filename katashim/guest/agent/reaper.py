@@ -68,6 +68,7 @@ class starting:
         global _starters
         with _changed:
             _starters += 1
+            _changed.notify()
         return self
 
     def __exit__(self, *error):
@@ -104,7 +105,7 @@ def _reap():
             pid, status = os.waitpid(-1, 0)
         except ChildProcessError:
             with _changed:
-                _changed.wait(0.05 if _starters else 1)
+                _changed.wait(0.05 if _starters else None)
             continue
         code = os.waitstatus_to_exitcode(status)
         try:

@@ -10,6 +10,7 @@ from _socket import sethostname
 
 from katashim.guest.agent import cgroup, linux, mounts
 from katashim.guest.agent.container import BASE_DIR, Container
+from katashim.guest.agent.hooks import Hooks
 from katashim.guest.agent.rpcerror import INTERNAL, RpcError, invalid_container_id
 from katashim.guest.agent.storage import Storages
 
@@ -27,6 +28,7 @@ class Sandbox:
         self.settings = settings
         self.id = ""
         self.hostname = ""
+        self.hooks = Hooks()
         self._lock = threading.Lock()       # guards the tables below
         self._containers = {}
         self._creating = threading.Lock()   # held while a container is created: they are made one by one
@@ -48,6 +50,7 @@ class Sandbox:
         for module in request.kernel_modules:
             _load_module(module)
         self._storages.add(request.storages, "")
+        self.hooks = Hooks(request.guest_hook_path)
         if request.dns:
             _write_resolv_conf(request.dns)
 

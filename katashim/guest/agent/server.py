@@ -20,15 +20,15 @@ _HEADER = struct.Struct(">IIBB")
 
 
 class Answer:
-    """What a handler returns when something may only happen once its caller has the answer.
+    """What a handler returns when it matters whether its caller is still there.
 
-    :param response: the message. :param after: called without arguments when it has been sent; not called for
-    a
-        caller that went away or whose deadline has passed.
+    :param response: the message.
+    :param settle: called with True when the answer has been sent, or with False when nobody took it: the
+        caller went away, or its deadline had passed.
     """
 
-    def __init__(self, response, after):
-        self.response, self.after = response, after
+    def __init__(self, response, settle):
+        self.response, self.settle = response, settle
 
 
 class Server:
@@ -98,17 +98,18 @@ class Server:
     def _answer(self, call, message_type, handler, payload):
         start = time.monotonic()
         try:
-            response, after = handler(self.codec.decode(message_type, payload)), None
+            response, settle = handler(self.codec.decode(message_type, payload)), None
             if isinstance(response, Answer):
-                response, after = response.response, response.after
+                response, settle = response.response, response.settle
             body = b"" if response is None else self.codec.encode(response)
         except wire.WireError as exc:
             call.fail(RpcError(2, f"ttrpc err: {exc}"))
         except Exception as exc:  # noqa: BLE001  whatever it was, the caller gets an answer
             call.fail(exc)
         else:
-            if call.succeed(body) and after is not None:
-                after()
+            taken = call.succeed(body)
+            if settle is not None:
+                settle(taken)
         if log.level >= log.DEBUG:
             log.debug("rpc", call.name, milliseconds=round((time.monotonic() - start) * 1000, 1))
 

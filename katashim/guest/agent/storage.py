@@ -30,7 +30,7 @@ class Storages:
     def __init__(self, hotplug_timeout_s):
         self._timeout_s = hotplug_timeout_s
         self._lock = threading.Lock()       # guards _counts
-        self._counts = {}       # mount point -> [users, whether we unmount it, whether it is kept]
+        self._counts = {}       # mount point -> [users, what releases it or None, whether it is kept]
 
     def add(self, requests, cid):
         """Set up `requests` (``grpc.Storage``) for the container `cid`, "" for the pod.
@@ -45,7 +45,7 @@ class Storages:
                 if request in group:
                     if request is group[0]:
                         taken.append(self._take(layers.mount_point(group), group[0],
-                                                lambda: layers.mount(group, cid, self._timeout_s)))
+                                                lambda: self._mount_layers(group, cid)))
                     continue
                 taken.append(self._take(request.mount_point, request,
                                         lambda request=request: self._make(request, cid)))
@@ -66,8 +66,8 @@ class Storages:
                     continue
                 del self._counts[mount_point]
             try:
-                if state[1]:
-                    _unmount(mount_point)
+                if state[1] is not None:
+                    state[1](mount_point)
             except OSError as exc:
                 log.warning("storage", f"releasing {mount_point}: {exc}")
 
@@ -77,13 +77,17 @@ class Storages:
             if state is not None:
                 state[0] += 1
                 return mount_point
-        mounted = make()
+        release = make()
         with self._lock:
-            self._counts[mount_point] = [1, mounted, request.shared]
+            self._counts[mount_point] = [1, release, request.shared]
         return mount_point
 
+    def _mount_layers(self, group, cid):
+        places = layers.mount(group, cid, self._timeout_s)
+        return lambda mount_point: [_unmount(place) for place in (mount_point, *places)]
+
     def _make(self, request, cid):
-        """Set one up; returns whether it is to be unmounted in the end."""
+        """Set one up; returns what releases it, called with its mount point, or None when it stays."""
         handler = _HANDLERS.get(request.driver)
         if handler is None:
             raise RpcError(INTERNAL, f"Failed to find the storage handler {request.driver}")
@@ -110,12 +114,12 @@ def _block(request, cid, timeout_s):
     if "create_filesystem" in given:
         _make_filesystem(device, request.fstype)
     mount_common(request, device)
-    return True
+    return _unmount
 
 
 def _virtio_fs(request, cid, timeout_s):
     mount_common(request, request.source)
-    return True
+    return _unmount
 
 
 def _overlay(request, cid, timeout_s):
@@ -131,7 +135,7 @@ def _overlay(request, cid, timeout_s):
         if option.startswith(_MAKE_DIRECTORY):
             os.makedirs(option[len(_MAKE_DIRECTORY):], exist_ok=True)
     mount_common(request, request.source, options=options)
-    return True
+    return _unmount
 
 
 def _ephemeral(request, cid, timeout_s):
@@ -141,7 +145,6 @@ def _ephemeral(request, cid, timeout_s):
         _allocate_huge_pages(words)
     mount_common(request, request.source, options=words)
     _set_group_id(request)
-    return False
 
 
 def _local(request, cid, timeout_s):
@@ -151,13 +154,12 @@ def _local(request, cid, timeout_s):
         if word.startswith("mode="):
             os.chmod(request.mount_point, _octal(word[len("mode="):], word))
     _set_group_id(request)
-    return False
 
 
 def _watchable(request, cid, timeout_s):
     from katashim.guest.agent import watch
-    watch.add(request, cid)
-    return False
+    watch.add(request.source, request.mount_point)
+    return watch.remove
 
 
 _HANDLERS = {"blk": _block, "mmioblk": _block, "scsi": _block, "nvdimm": _block, "virtio-fs": _virtio_fs,

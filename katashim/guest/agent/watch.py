@@ -9,45 +9,49 @@ storage.py.
 import os
 import shutil
 import threading
+import time
 
 from katashim.guest.agent import linux, log, mounts
 
 _PERIOD_S = 2.0
 _MAX_FILES, _MAX_BYTES = 16, 1 << 20
-_BASE = "/run/kata-containers/shared/containers"
 
 _lock = threading.Lock()        # guards _watched and _started
 _watched = {}                   # mount point -> _Tree
-_wake = threading.Event()
 _started = False
 
 
-def add(request, cid):
-    """Make the ``grpc.Storage`` `request` readable at its mount point, and keep it up to date."""
+def add(source, mount_point):
+    """Make the tree `source` readable at `mount_point`, and keep it up to date."""
     global _started
-    tree = _Tree(request.source, request.mount_point)
+    tree = _Tree(source, mount_point)
     with _lock:
-        _watched[request.mount_point] = tree
+        _watched[mount_point] = tree
         if not _started:
             _started = True
             threading.Thread(target=_run, name="watch", daemon=True).start()
 
 
 def remove(mount_point):
-    """Stop watching what is mounted at `mount_point`."""
+    """Stop following what is at `mount_point`, and unmount it."""
+    _forget(mount_point)
+    mounts.unmount(mount_point)
+
+
+def _forget(mount_point):
     with _lock:
         _watched.pop(mount_point, None)
 
 
 def _run():
     while True:
-        _wake.wait(_PERIOD_S)
+        time.sleep(_PERIOD_S)
         with _lock:
             trees = list(_watched.items())
         for mount_point, tree in trees:
             try:
                 if not tree.update():
-                    remove(mount_point)
+                    _forget(mount_point)
             except OSError as exc:
                 log.warning("watch", f"{mount_point}: {exc}")
 
