@@ -18,11 +18,12 @@ import tempfile
 import zlib
 
 import gevent
+import pytest
 from gevent.event import Event
 from gevent.socket import socket as gevent_socket
 
 from katashim import child, green, state
-from katashim.errors import ConnectionClosed
+from katashim.errors import ConnectionClosed, KatashimError
 from katashim.resources import cgroupfs
 from katashim.runtime.shim import Shim
 from katashim.services.events import Publisher
@@ -218,6 +219,13 @@ def member_of(sandbox_id):
 def packed(process):
     """A process or resources, a dict, as containerd packs them into an Any."""
     return {"type_url": PROCESS_TYPE, "value": json.dumps(process).encode()}
+
+
+def refused(pod, code, method, match=".", **fields):
+    """Assert that an RPC is refused with `code`, and how."""
+    with pytest.raises(KatashimError, match=match) as caught:
+        pod.call(method, **fields)
+    assert caught.value.code == code, caught.value
 
 
 def crc(data):
