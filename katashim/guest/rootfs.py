@@ -44,7 +44,7 @@ from katashim.guest.agent.main import main
 main()
 """
 # The agent, and what it takes from elsewhere in this package; all of it standard library only.
-_AGENT_FILES = ("__init__.py", "errors.py", "ttrpc/__init__.py", "ttrpc/frame.py", "guest/__init__.py",
+_AGENT_FILES = ("__init__.py", "ttrpc/__init__.py", "ttrpc/frame.py", "guest/__init__.py",
                 "guest/wire.py", "guest/agent/*.py")
 _PACKAGE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LINUX_PARTITION = 0x83

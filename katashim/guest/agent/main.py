@@ -43,6 +43,13 @@ def power_off():
     linux.reboot(linux.RB_POWER_OFF if os.path.isdir("/sys/firmware/acpi/tables") else linux.RB_AUTOBOOT)
 
 
+def _open_stdio():
+    """Without a console the kernel starts us without fds 0 to 2, and other files would get those numbers."""
+    while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def _drain_console():
     """Wait until the last words are out: the serial port is slow, and what it has not sent yet gets lost."""
     import fcntl
@@ -56,6 +63,7 @@ def _run(init):
     from katashim.guest.agent import boot, settings, sockets
     if init:
         boot.mount_all()
+        _open_stdio()
         os.environ.clear()
         os.environ["PATH"] = boot.PATH
     chosen = settings.from_kernel()

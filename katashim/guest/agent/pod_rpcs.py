@@ -16,8 +16,10 @@ class PodRpcs(Rpcs):
         self.sandbox.set_up(request)
 
     def DestroySandbox(self, request):
-        self.sandbox.destroy()
-        self.end()
+        try:
+            self.sandbox.destroy()
+        finally:
+            self.end()      # the machine ends whatever became of the containers
 
     def GetOOMEvent(self, request):
         return self.make("grpc.OOMEvent", container_id=self.sandbox.next_oom_event())

@@ -61,16 +61,16 @@ class Sandbox:
     def destroy(self):
         """Remove all containers and end whoever waits for an OOM event.
 
-        :raises RpcError: it was done before.
+        :raises RpcError: it was done before. :raises OSError: a container could not be removed.
         """
         with self._lock:
             if self._destroyed:
                 raise RpcError(INTERNAL, '"failed to get sandbox sender channel"')
             self._destroyed = True
             containers, self._containers = self._containers, {}
+        self._oom_events.put(None)
         for container in containers.values():
             container.remove()
-        self._oom_events.put(None)
 
     def next_oom_event(self):
         """Wait for an OOM kill; returns the container's id. :raises RpcError: the pod is gone."""
