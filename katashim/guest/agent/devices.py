@@ -161,6 +161,6 @@ def _slot(part, path):
         numbers = int(slot, 16), int(function or "0", 16)
     except ValueError as exc:
         raise RpcError(INVALID_ARGUMENT, f"{path!r} is no PCI path") from exc
-    if numbers[0] > 0xFF or numbers[1] > 7:
+    if not 0 <= numbers[0] <= 0xFF or not 0 <= numbers[1] <= 7:
         raise RpcError(INVALID_ARGUMENT, f"{path!r} is no PCI path")
     return numbers

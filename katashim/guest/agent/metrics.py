@@ -100,5 +100,9 @@ def _escape(value):
 
 
 def _lines(path):
-    with open(path) as file:
-        return file.read().splitlines()
+    """The lines of a file; none of one that this kernel does not have."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
