@@ -273,8 +273,50 @@ def test_hooks_of_the_guest(host_agent, client, pod, tmp_path):
         kinds = [line.split()[0] for line in log.read_text().splitlines()]
         assert kinds == ["prestart", "poststart", "poststop"]
         (tmp_path / "prestart" / "20-refuse").symlink_to("/bin/false")
+        own.client.call("CreateSandbox", sandbox_id="again", guest_hook_path=str(tmp_path))
         with refusal(13, "prestart hook .*20-refuse ended with 1"):
-            own.client.call("CreateSandbox", sandbox_id="again", guest_hook_path=str(tmp_path))
             own.create("true", cgroup=f"/katashim-test/hooks-{os.getpid()}")
+    finally:
+        agent.stop()
+
+
+def test_a_sandbox_that_is_set_up_again_starts_anew(tmp_path):
+    place = "/run/kata-containers/sandbox/shm"
+    shm = {"driver": "ephemeral", "source": "shm", "fstype": "tmpfs", "mount_point": place}
+    agent = HostAgent(str(tmp_path))
+    try:
+        agent.wait_ready(PlainClient(agent.socket, service="grpc.Health"))
+        client = PlainClient(agent.socket)
+        for _ in range(2):
+            client.call("CreateSandbox", sandbox_id="the-pod", hostname="pod", storages=[shm])
+            assert agent.mount_points().count(place) == 1
+            assert agent.mount_points().count("/run/sandbox-ns/uts") == 1
+    finally:
+        agent.stop()
+
+
+def test_destroying_the_sandbox_ends_the_agent_and_its_waits(tmp_path, busybox_root):
+    agent = HostAgent(str(tmp_path))
+    try:
+        agent.wait_ready(PlainClient(agent.socket, service="grpc.Health"))
+        own = Pod(PlainClient(agent.socket), busybox_root)
+        own.client.call("CreateSandbox", sandbox_id="the-pod")
+        cid = own.run("sleep", "1000")
+        with own.client.connect() as connection:
+            own.client.send(connection, 1, "GetOOMEvent", b"")
+            own.client.send(connection, 3, "WaitProcess",
+                            proto.get("grpc.WaitProcessRequest")(container_id=cid).SerializeToString())
+            for _ in range(5):
+                own.client.call("ListInterfaces")
+            own.client.call("DestroySandbox")
+            ends = {}
+            for _ in range(2):
+                try:
+                    ends.update([own.client.receive(connection)])
+                except Refused as exc:
+                    ends["oom"] = exc.code
+        assert ends["oom"] == 13
+        assert ends[3] == b"\x08\x89\x01"         # 137
+        assert agent.wait_end() == 0
     finally:
         agent.stop()

@@ -45,9 +45,9 @@ def test_cgroup2(tmp_path, read):
     assert stats.cpu_stats.cpu_usage.total_usage == 70_000
     assert stats.cpu_stats.cpu_usage.usage_in_usermode == 40_000
     assert stats.cpu_stats.throttling_data.throttled_time == 5_000
-    memory = stats.memory_stats
-    assert (memory.cache, memory.usage.usage, memory.usage.max_usage, memory.usage.failcnt) == (20, 4096, 8192, 7)
-    assert (memory.usage.limit, memory.swap_usage.limit) == (counters.NO_LIMIT, 1024)
+    memory, usage = stats.memory_stats, stats.memory_stats.usage
+    assert (memory.cache, usage.usage, usage.max_usage, usage.failcnt) == (20, 4096, 8192, 7)
+    assert (usage.limit, memory.swap_usage.limit) == (counters.NO_LIMIT, 1024)
     assert memory.stats == {"anon": 10, "file": 20, "kernel": 30}
     assert (stats.pids_stats.current, stats.pids_stats.limit) == (2, 0)
     entries = {item.op: (item.major, item.minor, item.value) for item in

@@ -25,6 +25,7 @@ _MOUNTS = (
 )
 _VAR = ("cache", "lib", "log", "tmp")
 _CGROUP_ROOT = "/sys/fs/cgroup"
+_FILES = 65536
 _READ_AHEAD = "/usr/lib/katashim/read-ahead"     # written by the image builder
 PATH = "/bin:/sbin:/usr/bin:/usr/sbin"
 
@@ -84,6 +85,12 @@ def hurry_rcu():
     """Have the kernel not wait for the next tick in the many places where containers make it wait (mounts,
     namespaces, cgroups): 10 ms each on a guest with few CPUs, which pays nothing for it."""
     _write("/sys/kernel/rcu_expedited", "1")
+
+
+def allow_many_files():
+    """Let the agent have more than 1024 files open: each process of each container takes up to four."""
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
 
 
 def read_ahead():

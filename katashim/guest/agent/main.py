@@ -1,13 +1,14 @@
 """The agent's start: as PID 1 prepare the guest, then listen, then serve for ever.
 
 What can wait until the host is connected waits: the host asks first for the agent's health, and the
-drivers of network and filesystems are loaded meanwhile. The command line is that of /proc/cmdline
-(settings.py); nothing is read from argv but ``--version``.
+drivers of network and filesystems are loaded meanwhile. Its settings are the words of /proc/cmdline
+(settings.py); nothing is read from argv.
 """
 
 import os
 import sys
 import threading
+from _signal import SIG_DFL, SIGINT, signal
 
 from katashim.guest.agent import linux, log
 
@@ -21,6 +22,7 @@ def main():
     init = os.getpid() == 1
     if init:
         log.console("katashim agent: starting")
+        signal(SIGINT, SIG_DFL)     # which the kernel drops for PID 1: ^C on the console is not for us
     try:
         _run(init)
     except BaseException:
@@ -84,6 +86,7 @@ def _finish_boot(boot, chosen):
         boot.hurry_rcu()
         uevents.start()
         modules.load_present()
+        boot.allow_many_files()
         boot.read_ahead()
         boot.set_host_name()
         boot.loopback_up()

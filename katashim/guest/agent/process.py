@@ -51,7 +51,7 @@ class Stdio:
         """Replace the pipes by the terminal whose master side is `master`."""
         self.started()
         self.close()
-        self.terminal = _Stream(master, terminal=True)
+        self.terminal = _Stream(master)
         self.stdin = self.stdout = self.stderr = self.terminal
 
     def close_stdin(self):
@@ -113,10 +113,9 @@ class _Stream:
     """One of our ends: an fd that some threads use and others close, without ever meeting a recycled number:
     it is really closed when the last of its users is done."""
 
-    def __init__(self, fd, terminal=False):
+    def __init__(self, fd):
         os.set_blocking(fd, False)
         self._fd = fd
-        self._terminal = terminal
         self._reading, self._writing = threading.Lock(), threading.Lock()
         self._users = 0
         self._closing = False

@@ -49,6 +49,7 @@ class Sandbox:
             self._namespaces[kind] = _persistent_namespace(kind, self.hostname)
         for module in request.kernel_modules:
             _load_module(module)
+        self._storages = Storages(self.settings.hotplug_timeout)    # what was mounted before is unmounted
         self._storages.add(request.storages, "")
         self.hooks = Hooks(request.guest_hook_path)
         if request.dns:

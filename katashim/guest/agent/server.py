@@ -16,6 +16,7 @@ from katashim.guest.agent.rpcerror import RpcError
 from katashim.guest.agent.workers import Workers
 from katashim.ttrpc import frame
 
+_ACCEPT_PAUSE_S = 0.05
 _HEADER = struct.Struct(">IIBB")
 
 
@@ -56,7 +57,12 @@ class Server:
     def serve(self, listener):
         """Accept connections for ever."""
         while True:
-            connection = _Connection(sockets.accept(listener), self)
+            try:
+                connection = _Connection(sockets.accept(listener), self)
+            except OSError as exc:      # out of files, or the host hung up at once
+                log.warning("ttrpc", f"cannot accept a connection: {exc}")
+                time.sleep(_ACCEPT_PAUSE_S)
+                continue
             with self._closed:
                 self._connections.add(connection)
             threading.Thread(target=connection.run, name="connection", daemon=True).start()

@@ -94,15 +94,19 @@ class Storages:
         return handler(request, cid, self._timeout_s)
 
 
-def mount_common(request, source, fstype=None, options=None):
+def mount_common(request, source, options=None):
     """Mount a storage and give it its group. :param source: as the guest has it."""
     if source == PREMOUNTED and mounts.type_at(request.mount_point):
         log.info("storage", f"{PREMOUNTED} is mounted on {request.mount_point} already")
         return
     words = list(request.options) if options is None else options
-    mounts.mount(source, request.mount_point, fstype or request.fstype, words)
+    mounts.mount(source, request.mount_point, request.fstype, words)
     if request.fs_group is not None:
-        _set_group(request.mount_point, request.fs_group, "ro" in words)
+        try:
+            _set_group(request.mount_point, request.fs_group, "ro" in words)
+        except OSError:
+            mounts.unmount(request.mount_point)
+            raise
 
 
 def _block(request, cid, timeout_s):
