@@ -104,7 +104,9 @@ def test_routes_are_added_whatever_their_order(client, net):
     assert "10.77.0.0/16 via 10.9.0.1 dev a0 mtu 1300" in text
     routes = {(route.dest, route.gateway) for route in answer.Routes}
     assert {("0.0.0.0", "10.9.1.1"), ("10.9.1.1", ""), ("10.77.0.0/16", "10.9.0.1")} <= routes
-    assert answer == client.call("ListRoutes")
+    # The kernel adds a link's IPv6 routes when it likes.
+    listed = [route for route in client.call("ListRoutes").Routes if route.family == 0]
+    assert [route for route in answer.Routes if route.family == 0] == listed
 
 
 def test_routes_for_ipv6(client, net):
