@@ -77,6 +77,8 @@ def _run(init):
     if init:
         threading.Thread(target=_finish_boot, args=(boot, chosen), name="boot", daemon=True).start()
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+    # A child that has entered a container but has not executed anything yet must not be open to those there.
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)
     _serve(listener, chosen)
 
 
